@@ -1,0 +1,1 @@
+"""Denoisers: one interface over the networks of every supported model family."""

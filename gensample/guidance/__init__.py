@@ -1,0 +1,1 @@
+"""Guidance rules: pure functions that change the answer of a denoiser."""

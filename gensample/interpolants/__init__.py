@@ -1,0 +1,53 @@
+"""Interpolants between noise and data: paths, field conversions, objectives and exact oracles."""
+
+from gensample.interpolants.fields import (
+    FIELDS,
+    PREDICTION_TYPES,
+    Field,
+    PredictionType,
+    affine,
+    axpby,
+    convert,
+    per_row,
+)
+from gensample.interpolants.objectives import TimeLaw, interpolate, interpolation_loss, sample_times, target
+from gensample.interpolants.oracles import GaussianMixture
+from gensample.interpolants.paths import (
+    Coefficients,
+    Float64,
+    GVPInterpolant,
+    Interpolant,
+    LinearInterpolant,
+    Scalar,
+    VPInterpolant,
+    describe_interpolant,
+    gvp_time,
+    make_interpolant,
+)
+
+__all__ = [
+    "FIELDS",
+    "PREDICTION_TYPES",
+    "Coefficients",
+    "Field",
+    "Float64",
+    "GVPInterpolant",
+    "GaussianMixture",
+    "Interpolant",
+    "LinearInterpolant",
+    "PredictionType",
+    "Scalar",
+    "TimeLaw",
+    "VPInterpolant",
+    "affine",
+    "axpby",
+    "convert",
+    "describe_interpolant",
+    "gvp_time",
+    "interpolate",
+    "interpolation_loss",
+    "make_interpolant",
+    "per_row",
+    "sample_times",
+    "target",
+]

@@ -1,0 +1,1 @@
+"""Sample quality: Fréchet distance and the statistics behind it, in float64."""

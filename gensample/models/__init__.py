@@ -1,0 +1,1 @@
+"""Networks that gensample trains and ships."""

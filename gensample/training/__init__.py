@@ -1,0 +1,1 @@
+"""Training: one accelerate loop, its data, its losses and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Attention and fused kernels, each beside its PyTorch reference; import them as `gensample.kernels`."""

@@ -1,0 +1,1 @@
+"""Diffusers pipelines of gensample; import them as `gensample.pipelines`."""

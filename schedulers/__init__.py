@@ -1,0 +1,1 @@
+"""Diffusers schedulers of gensample; import them as `gensample.schedulers`."""

@@ -3,8 +3,9 @@
     from tests.tiny_pipelines import tiny_dit
     pipe = tiny_dit()
 
-Every parameter, zero-initialised ones included, is redrawn from a seeded `torch.Generator`, so outputs depend on
-the conditioning and the time, and the global RNG keeps its state. Latents are 8x8, images 16x16 unless noted.
+Every parameter, zero-initialised ones included, is redrawn from a seeded `torch.Generator`, so outputs depend
+on the conditioning and the time, and the global RNG keeps its state. Latents are 8x8 and images 16x16 unless
+noted.
 The text pipelines import transformers inside the builder: guard their tests with `pytest.importorskip`.
 """
 
@@ -21,7 +22,7 @@ DIT_LABELS = {0: "tench, Tinca tinca", 1: "goldfish", 2: "white shark", 3: "boot
 
 
 def redraw_parameters(module: nn.Module, seed: int) -> nn.Module:
-    """Redraw every parameter: fan-in scaled weights, norm gains near one, small biases. Returns `module` in eval."""
+    """Redraw every parameter (fan-in scaled weights, gains near one, small biases) and set eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -82,8 +83,9 @@ def tiny_dit(scheduler: Any = None, *, learned_variance: bool = True, num_classe
         attention_bias=True, activation_fn="gelu-approximate", norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
     )  # fmt: skip
-    pipe = DiTPipeline(transformer=transformer, vae=tiny_vae(scaling_factor=0.18215),
-                       scheduler=scheduler or DDIMScheduler(clip_sample=False), id2label=DIT_LABELS)  # fmt: skip
+    scheduler = scheduler or DDIMScheduler(clip_sample=False)
+    vae = tiny_vae(scaling_factor=0.18215)
+    pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=scheduler, id2label=DIT_LABELS)
     return quiet(pipe)
 
 
@@ -101,7 +103,8 @@ def tiny_clip_tokenizer(max_length: int = 16) -> Any:
                 merges.append((symbols[0], symbols[1]))
                 pieces.append(pair)
             symbols = [pair, *symbols[2:]]
-    vocabulary = {piece: i for i, piece in enumerate([*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"])}
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
 
 
@@ -110,32 +113,34 @@ def tiny_t5_tokenizer() -> Any:
     from transformers import T5TokenizerFast
 
     letters = [(chr(c), -8.0) for c in range(ord("a"), ord("z") + 1)]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -7.0), *((f"▁{w}", -2.0) for w in WORDS), *letters]
-    return T5TokenizerFast(vocab=list(dict(reversed(pieces)).items())[::-1], extra_ids=0)
+    words = [(f"▁{word}", -2.0) for word in WORDS if word != "a"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -7.0), ("▁a", -2.0), *words, *letters]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
 
 
-def tiny_clip_text_model(tokenizer: Any, *, hidden_size: int = 16, projection: bool = False, seed: int = 4) -> Any:
+def tiny_clip_text_model(tokenizer: Any, *, projection: bool = False, seed: int = 4) -> Any:
     """CLIPTextModel, or CLIPTextModelWithProjection if `projection`, for `tokenizer`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=2,
-        num_attention_heads=2, projection_dim=hidden_size, max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=16, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return build(CLIPTextModelWithProjection if projection else CLIPTextModel, seed, config=config)
 
 
-def tiny_t5_encoder(tokenizer: Any, *, hidden_size: int = 32, seed: int = 5) -> Any:
+def tiny_t5_encoder(tokenizer: Any, *, seed: int = 5) -> Any:
+    """T5EncoderModel of width 32 for `tokenizer`."""
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=hidden_size, d_kv=8, d_ff=2 * hidden_size, num_layers=2, num_heads=2,
-    )  # fmt: skip
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
     return build(T5EncoderModel, seed, config=config)
 
 
 def tiny_condition_unet(**config: Any) -> Any:
+    """UNet2DConditionModel on latents (B, 4, 8, 8)."""
     from diffusers import UNet2DConditionModel
 
     return build(
@@ -146,17 +151,22 @@ def tiny_condition_unet(**config: Any) -> Any:
     )  # fmt: skip
 
 
+def sd_scheduler(**config: Any) -> DDIMScheduler:
+    """DDIM with Stable Diffusion's published configuration, overridden by `config`."""
+    published = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                 "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
+    return DDIMScheduler(**{**published, **config})
+
+
 def tiny_sd(scheduler: Any = None) -> Any:
     """StableDiffusionPipeline: latents (B, 4, 8, 8), images (B, 3, 16, 16), scaled-linear betas."""
     from diffusers import StableDiffusionPipeline
 
     tokenizer = tiny_clip_tokenizer()
-    scheduler = scheduler or DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                           clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
     pipe = StableDiffusionPipeline(
         vae=tiny_vae(), text_encoder=tiny_clip_text_model(tokenizer), tokenizer=tokenizer,
-        unet=tiny_condition_unet(cross_attention_dim=16), scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        unet=tiny_condition_unet(cross_attention_dim=16), scheduler=scheduler or sd_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     return quiet(pipe)
 
@@ -170,18 +180,16 @@ def tiny_sdxl(scheduler: Any = None) -> Any:
         cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True,
     )  # fmt: skip
-    scheduler = scheduler or DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                           clip_sample=False, set_alpha_to_one=False, steps_offset=1)  # fmt: skip
     pipe = StableDiffusionXLPipeline(
         vae=tiny_vae(), text_encoder=tiny_clip_text_model(tokenizer), tokenizer=tokenizer,
         text_encoder_2=tiny_clip_text_model(tokenizer_2, projection=True, seed=7), tokenizer_2=tokenizer_2,
-        unet=unet, scheduler=scheduler, add_watermarker=False,
+        unet=unet, scheduler=scheduler or sd_scheduler(), add_watermarker=False,
     )  # fmt: skip
     return quiet(pipe)
 
 
 def tiny_sd3(scheduler: Any = None, *, t5: bool = False) -> Any:
-    """StableDiffusion3Pipeline: latents (B, 16, 8, 8); without `t5` the third encoder is absent, as users run it."""
+    """StableDiffusion3Pipeline: latents (B, 16, 8, 8); without `t5` the third encoder is None."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
     tokenizer, tokenizer_2 = tiny_clip_tokenizer(), tiny_clip_tokenizer()
@@ -227,5 +235,6 @@ def tiny_flux(scheduler: Any = None, *, guidance_embeds: bool = True) -> Any:
 
 
 def quiet(pipe: Any) -> Any:
+    """`pipe` with its progress bar off."""
     pipe.set_progress_bar_config(disable=True)
     return pipe

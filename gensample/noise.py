@@ -52,7 +52,9 @@ class NoiseStream:
 
     def __post_init__(self) -> None:
         if len(self.seeds) != len(self.samples):
-            raise ValueError(f"{len(self.seeds)} seeds for {len(self.samples)} samples; give one seed per sample")
+            raise ValueError(
+                f"{len(self.seeds)} seeds for {len(self.samples)} samples; give one seed per sample"
+            )
 
     @classmethod
     def from_generator(
@@ -105,7 +107,9 @@ class NoiseStream:
 
 def _seed_of(generator: int | torch.Generator | None) -> int:
     if generator is None:
-        return int(torch.Generator().seed())  # entropy of the operating system; the global state stays as it is
+        return int(
+            torch.Generator().seed()
+        )  # entropy of the operating system; the global state stays as it is
     if isinstance(generator, torch.Generator):
         return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).item())
     if isinstance(generator, bool) or not isinstance(generator, int):

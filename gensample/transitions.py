@@ -75,8 +75,8 @@ class GaussianTransition:
         """
         if self.is_deterministic:
             raise ValueError(
-                "a deterministic transition has no log-probability; use a stochastic solver such as solver='exp' or "
-                "'em' with a positive diffusion scale (the last step is deterministic by design: do not score it)"
+                "a deterministic transition has no log-probability; use a stochastic solver such as 'exp' "
+                "or 'em' with a positive diffusion scale (the last step is deterministic: do not score it)"
             )
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum' or 'mean'")

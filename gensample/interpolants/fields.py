@@ -100,7 +100,9 @@ def _x0_or_noise(c: Coefficients, prediction_type: str, field: str) -> tuple[Sca
     if prediction_type == "sample":
         if want_x0:
             return _zero(c), _zero(c) + 1.0
-        r = _reciprocal(c.alpha, "the noise is not determined by a sample prediction at alpha = 0 (clean data)")
+        r = _reciprocal(
+            c.alpha, "the noise is not determined by a sample prediction at alpha = 0 (clean data)"
+        )
         return r, -c.beta * r
     if prediction_type in ("epsilon", "score"):
         to_noise = _zero(c) + 1.0 if prediction_type == "epsilon" else -c.alpha  # eta_z = -alpha s

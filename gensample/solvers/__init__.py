@@ -62,7 +62,9 @@ def make_solver(
         raise ValueError(f"solver={name!r} is unknown; use one of {SOLVERS}")
     if name in DETERMINISTIC_SOLVERS:
         if diffusion is not None and diffusion.scale > 0:
-            raise ValueError(f"solver={name!r} is deterministic; use one of {STOCHASTIC_SOLVERS} with {diffusion}")
+            raise ValueError(
+                f"solver={name!r} is deterministic; use one of {STOCHASTIC_SOLVERS} with {diffusion}"
+            )
         diffusion = None
     elif diffusion is None:
         diffusion = Diffusion()

@@ -9,9 +9,9 @@ Shapes: B = rows, ... = latent shape; x, output, noise: (B, ...).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -35,7 +35,7 @@ class SolverState:
         return SolverState(self.stage, tuple(v[index] for v in self.carried))
 
 
-class Solver(Protocol):
+class Solver(ABC):
     """A time-discretised sampler of one interpolant for one prediction type."""
 
     name: str
@@ -44,19 +44,33 @@ class Solver(Protocol):
     times: tuple[float, ...]
     stage_times: tuple[float, ...]
     step_of_stage: tuple[int, ...]
+    is_markov: bool = False
 
-    @property
-    def is_markov(self) -> bool: ...
+    @abstractmethod
+    def needs_noise(self, stage: int) -> bool:
+        """Whether the update after ``stage`` draws noise."""
 
-    def needs_noise(self, stage: int) -> bool: ...
-
+    @abstractmethod
     def update(
         self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
-    ) -> tuple[Tensor, SolverState]: ...
+    ) -> tuple[Tensor, SolverState]:
+        """Consume the network's ``output`` at stage ``state.stage``; ``noise()`` draws standard normals."""
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """The state at times[0] for standard normal ``noise``: the noise itself on every unit-norm start."""
+        return noise
+
+    def network_input(self, x: Tensor, stage: int) -> Tensor:
+        """What the network sees at ``stage``: x itself unless the solver keeps a rescaled state."""
+        return x
 
     def transition(
         self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str = "native"
-    ) -> GaussianTransition: ...
+    ) -> GaussianTransition:
+        """The law of x_{i+1} given x_i = ``x``; raises ValueError unless the solver is one-stage Markov."""
+        raise ValueError(
+            f"solver={self.name!r} is not Markov in x alone, so it has no transition law; use solver='exp'"
+        )
 
 
 def advance(
@@ -65,7 +79,8 @@ def advance(
     """One whole step: every stage of the step that ``state`` stands at.  ``evaluate(x, t)`` is the network."""
     step = solver.step_of_stage[state.stage]
     while state.stage < len(solver.stage_times) and solver.step_of_stage[state.stage] == step:
-        x, state = solver.update(x, evaluate(x, solver.stage_times[state.stage]), state, noise)
+        output = evaluate(solver.network_input(x, state.stage), solver.stage_times[state.stage])
+        x, state = solver.update(x, output, state, noise)
     return x, state
 
 

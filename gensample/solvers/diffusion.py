@@ -34,7 +34,9 @@ class Diffusion:
         if self.kind not in get_args(DiffusionKind):
             raise ValueError(f"diffusion kind={self.kind!r} is unknown; use one of {get_args(DiffusionKind)}")
         if not (math.isfinite(self.scale) and self.scale >= 0):
-            raise ValueError(f"diffusion scale={self.scale} must be finite and not negative (0 gives the ODE)")
+            raise ValueError(
+                f"diffusion scale={self.scale} must be finite and not negative (0 gives the ODE)"
+            )
 
     def epsilon(self, path: Interpolant, t: float) -> float:
         """eps(t); infinite for ``sbdm`` at beta = 0."""

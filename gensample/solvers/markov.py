@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gensample.interpolants import Float64, Interpolant, affine, axpby, per_row
-from gensample.solvers.base import DrawNoise, SolverState, checked_times
+from gensample.solvers.base import DrawNoise, Solver, SolverState, checked_times
 from gensample.solvers.diffusion import Diffusion
 from gensample.transitions import GaussianTransition
 
@@ -43,7 +43,7 @@ class AffineTable:
     c: Float64
 
 
-class MarkovSolver:
+class MarkovSolver(Solver):
     """A one-stage solver over ``times`` (N + 1 values) for outputs of ``prediction_type``."""
 
     is_markov = True

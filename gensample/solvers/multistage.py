@@ -17,28 +17,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gensample.interpolants import Interpolant, affine, axpby, convert
-from gensample.solvers.base import DrawNoise, SolverState, checked_times
+from gensample.solvers.base import DrawNoise, Solver, SolverState, checked_times
 from gensample.solvers.diffusion import Diffusion
 from gensample.solvers.markov import MarkovSolver
-from gensample.transitions import GaussianTransition
 
 
-class _StatefulSolver:
-    """Shared refusal of transition laws."""
-
-    name: str
-    is_markov = False
-
-    def transition(
-        self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str = "native"
-    ) -> GaussianTransition:
-        """Raises ValueError: the next state depends on more than x."""
-        raise ValueError(
-            f"solver={self.name!r} is not Markov in x alone, so it has no transition law; use solver='exp'"
-        )
-
-
-class HeunSolver(_StatefulSolver):
+class HeunSolver(Solver):
     """Heun's second-order method for the probability-flow ODE."""
 
     name = "heun"
@@ -76,7 +60,7 @@ class HeunSolver(_StatefulSolver):
         return x + h * slope, SolverState(following, (x, slope) if two_stages else ())
 
 
-class Exponential2MSolver(_StatefulSolver):
+class Exponential2MSolver(Solver):
     """The exponential integrator with a two-step extrapolation of x0."""
 
     name = "exp2m"

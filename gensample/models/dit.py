@@ -63,18 +63,27 @@ class DiTAttnProcessor:
     _parallel_config = None
 
     def __call__(self, attn: DiTAttention, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D) with the projections of `attn`."""
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in (query, key, value))  # (B, N, h, d)
         if attn.norm_q is not None and attn.norm_k is not None:
-            # Autocast leaves a norm's output in float32; attention kernels want one dtype.
-            query, key = attn.norm_q(query).to(value.dtype), attn.norm_k(key).to(value.dtype)
+            query, key = attn.norm_q(query), attn.norm_k(key)
         hidden_states = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
         return attn.to_out(hidden_states.flatten(2))
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMS norm over the head dimension, with its gain in the dtype of the input: autocast keeps one kernel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> (..., d), same dtype."""
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class DiTAttention(nn.Module, AttentionModuleMixin):
@@ -84,6 +93,7 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
     _available_processors = [DiTAttnProcessor]
 
     def __init__(self, dim: int, *, heads: int, head_dim: int, qk_norm: bool = True) -> None:
+        """`dim` need not equal heads * head_dim."""
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
@@ -93,12 +103,13 @@ class DiTAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(dim, inner_dim)
         self.to_k = nn.Linear(dim, inner_dim)
         self.to_v = nn.Linear(dim, inner_dim)
-        self.norm_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
-        self.norm_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_q = HeadRMSNorm(head_dim, eps=1e-6) if qk_norm else None
+        self.norm_k = HeadRMSNorm(head_dim, eps=1e-6) if qk_norm else None
         self.to_out = nn.Linear(inner_dim, dim)
         self.set_processor(self._default_processor_cls())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, N, D)."""
         return self.processor(self, hidden_states)
 
 
@@ -106,11 +117,13 @@ class DiTModulation(nn.Module):
     """`count` modulations Linear(SiLU(c)) of a conditioning c (B, 1 or N, D): a tuple of (B, 1 or N, D)."""
 
     def __init__(self, dim: int, count: int) -> None:
+        """One linear layer for all `count` modulations."""
         super().__init__()
         self.count = count
         self.linear = nn.Linear(dim, count * dim)
 
     def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(B, 1 or N, D) -> `count` tensors of that shape."""
         return self.linear(F.silu(conditioning)).chunk(self.count, dim=-1)
 
 
@@ -123,6 +136,7 @@ class DiTBlock(nn.Module):
     """adaLN-Zero transformer block: hidden_states (B, N, D), conditioning (B, 1 or N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, *, heads: int, head_dim: int, mlp_ratio: float, qk_norm: bool = True) -> None:
+        """The MLP is `int(dim * mlp_ratio)` wide."""
         super().__init__()
         hidden_dim = int(dim * mlp_ratio)
         self.modulation = DiTModulation(dim, 6)
@@ -134,6 +148,7 @@ class DiTBlock(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """Apply attention and MLP, each modulated and gated by the conditioning."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(conditioning)
         attention = self.attn(modulate(self.norm1(hidden_states), shift_a, scale_a))
         hidden_states = torch.addcmul(hidden_states, gate_a, attention)
@@ -145,25 +160,31 @@ class DiTTimestepEmbedder(nn.Module):
     """Model timesteps (B,) -> (B, D): float32 sinusoid of 256 features, then a two-layer MLP."""
 
     def __init__(self, dim: int) -> None:
+        """256 features -> dim -> dim."""
         super().__init__()
         self.linear_1 = nn.Linear(_TIME_FEATURES, dim)
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
-        features = timestep_features(timestep).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(features)))
+        """(B,) real or integer -> (B, D) in the dtype of the weights."""
+        # bfloat16 features would merge neighbouring timesteps, so autocast stays out of this layer.
+        with torch.autocast(device_type=timestep.device.type, enabled=False):
+            features = timestep_features(timestep).to(self.linear_1.weight.dtype)
+            return self.linear_2(F.silu(self.linear_1(features)))
 
 
 class DiTFinalLayer(nn.Module):
     """Modulated norm and projection to patches: (B, N, D), (B, 1 or N, D) -> (B, N, out_features)."""
 
     def __init__(self, dim: int, out_features: int) -> None:
+        """`out_features` values per token."""
         super().__init__()
         self.modulation = DiTModulation(dim, 2)
         self.norm = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.linear = nn.Linear(dim, out_features)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """(B, N, D), (B, 1 or N, D) -> (B, N, out_features)."""
         shift, scale = self.modulation(conditioning)
         return self.linear(modulate(self.norm(hidden_states), shift, scale))
 
@@ -212,6 +233,7 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):  # type: i
         class_dropout_prob: float = 0.1,
         qk_norm: bool = True,
     ) -> None:
+        """Build the network; see the class for the arguments."""
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         if patch_size < 1 or sample_size < patch_size or sample_size % patch_size:
@@ -301,10 +323,10 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):  # type: i
         if label_drop is not None:
             class_labels = torch.where(label_drop, self.config.num_classes, class_labels)
         batch = hidden_states.shape[0]
-        tokens = self.patch_embed(self.patchify(hidden_states).to(self.patch_embed.weight.dtype))
-        tokens = tokens + self.positions.to(tokens.dtype)
+        dtype = self.patch_embed.weight.dtype  # of the residual stream: float32 under autocast
+        tokens = self.patch_embed(self.patchify(hidden_states).to(dtype)) + self.positions.to(dtype)  # (B, N, D)
         time = self.time_embedder(timestep.expand(batch))
-        conditioning = (time + self.label_embedder(class_labels)).to(tokens.dtype)[:, None]  # (B, 1, D)
+        conditioning = (time + self.label_embedder(class_labels)).to(dtype)[:, None]  # (B, 1, D)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, conditioning)

@@ -1,1 +1,14 @@
 """Sample quality: Fréchet distance and the statistics behind it, in float64."""
+
+from .extract import extract_features
+from .frechet import FrechetResult, frechet_distance, frechet_distance_from_features
+from .statistics import FeatureStatistics, merge_statistics
+
+__all__ = [
+    "FeatureStatistics",
+    "FrechetResult",
+    "extract_features",
+    "frechet_distance",
+    "frechet_distance_from_features",
+    "merge_statistics",
+]

@@ -1,1 +1,6 @@
-"""Guidance rules: pure functions that change the answer of a denoiser."""
+"""Guidance rules: functions from network answers to the output a solver integrates."""
+
+from gensample.guidance.base import Denoise, Guidance, Guided
+from gensample.guidance.cfg import CFG
+
+__all__ = ["CFG", "Denoise", "Guidance", "Guided"]

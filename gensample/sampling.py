@@ -1,0 +1,279 @@
+"""Walking one path: ``gensample.sample`` and its step iterator ``gensample.stream``.
+
+One loop serves every model, solver and guidance rule: a denoiser answers, guidance combines the answers, a solver
+moves the state.  The model is a live Diffusers pipeline, one of ours, or a ``Denoiser``.
+
+Shapes: B = samples, ... = latent shape; latents: (B, ...) float32; images: (B, C, H, W) in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
+from gensample.guidance import Guidance
+from gensample.interpolants import convert
+from gensample.noise import GeneratorLike, NoiseStream
+from gensample.schedulers.interpolant import StochasticInterpolantScheduler
+from gensample.schedulers.solver_adapter import SchedulerSolver
+from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+@dataclass
+class StepState:
+    """The walk after one step.  Assigning to ``latents`` changes what the next step starts from.
+
+    step: 0, ..., num_steps - 1; time: in [0, 1], where the latents stand (1 is data); output, at: the last network
+    answer and the (latents, time) it was given at; info: the guidance rule's diagnostics.
+    """
+
+    step: int
+    num_steps: int
+    time: float
+    latents: Tensor
+    output: Tensor
+    at: tuple[Tensor, float]
+    denoiser: Denoiser
+    info: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def x0(self) -> Tensor:
+        """The model's current guess of the clean sample, (B, ...): what live previews show."""
+        x, t = self.at
+        c = self.denoiser.path.coefficients(t)
+        return convert(self.output, x, c, self.denoiser.prediction_type, "x0")
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """images: PIL list, (B, H, W, C) array or (B, C, H, W) tensor in [0, 1] (None for ``output_type="latent"``);
+    latents: (B, ...); evaluations: rows the network evaluated in all."""
+
+    images: Any
+    latents: Tensor
+    evaluations: int
+
+
+@torch.no_grad()
+def walk(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    solver: Solver,
+    latents: Tensor,
+    noise: NoiseStream,
+    guidance: Guidance | None = None,
+) -> Iterator[StepState]:
+    """Yield a :class:`StepState` after every step of ``solver``, from ``latents`` at solver.times[0].
+
+    Noise of step i is drawn from stream (seed, sample, path=(i,), "step").  Raises FloatingPointError naming step,
+    time and sample when latents stop being finite.
+    """
+
+    def denoise(x: Tensor, t: float | Tensor, c: Conditioning, net: str = "main") -> Tensor:
+        return denoiser.denoise(x, t, c, net=net).output
+
+    memory: object = None
+    last: list[Any] = []
+
+    def evaluate(x: Tensor, t: float) -> Tensor:
+        nonlocal memory
+        if guidance is None:
+            output, info = denoise(x, t, cond), {}
+        else:
+            guided = guidance(x, t, denoise, cond, memory)
+            output, memory, info = guided.output, guided.state, guided.info
+        last[:] = [output, (x, t), info]
+        return output
+
+    state = SolverState()
+    guard = FiniteGuard()
+    num_steps = len(solver.times) - 1
+    x = latents
+    for step in range(num_steps):
+
+        def draw(step: int = step) -> Tensor:
+            return noise.normal(latents.shape[1:], path=(step,), purpose="step").to(latents.device)
+
+        x, state = advance(solver, x, state, evaluate, draw)
+        guard.check(x, step, solver.times[step + 1], last_step=step == num_steps - 1)
+        output, at, info = last
+        reached = StepState(step, num_steps, solver.times[step + 1], x, output, at, denoiser, info)
+        yield reached
+        x = reached.latents
+
+
+class FiniteGuard:
+    """Raises as soon as it is free to look: at once on a CPU, after the last step on a device that would wait."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, float, Tensor]] = []
+
+    def check(self, x: Tensor, step: int, t: float, *, last_step: bool) -> None:
+        """Record step ``step``'s latents (B, ...), which stand at time ``t``."""
+        self._seen.append((step, t, torch.isfinite(x).flatten(1).all(dim=1)))
+        if x.device.type != "cpu" and not last_step:
+            return
+        for seen_step, time, finite in self._seen:
+            if not bool(finite.all()):
+                sample = int((~finite).nonzero()[0])
+                raise FloatingPointError(
+                    f"latents are not finite after step {seen_step} (time {time:.4g}, noise level sigma = "
+                    f"{1 - time:.4g}), first in sample {sample}; check the weights, the dtype and the guidance scale"
+                )
+        self._seen.clear()
+
+
+def stream(
+    model: Any,
+    *,
+    num_samples: int | None = None,
+    num_inference_steps: int = 32,
+    guidance: Guidance | None = None,
+    solver: str | Solver | None = None,
+    diffusion: Diffusion | None = None,
+    generator: GeneratorLike = None,
+    sample_ids: Sequence[int] | None = None,
+    latents: Tensor | None = None,
+    **conditioning: Any,
+) -> Iterator[StepState]:
+    """Sample one batch, yielding after every step; closing the iterator cancels.
+
+    Arguments as :func:`sample`.  Everything is checked before the first network call.
+    """
+    denoiser = as_denoiser(model, num_samples, conditioning)
+    cond = denoiser.conditioning
+    noise = NoiseStream.from_generator(generator, cond.batch_size, sample_ids=sample_ids)
+    chosen = choose_solver(denoiser, solver, num_inference_steps, diffusion, noise)
+    start = initial_latents(denoiser, chosen, noise, latents)
+    return walk(denoiser, cond, chosen, start, noise, guidance)
+
+
+def sample(
+    model: Any,
+    *,
+    num_samples: int | None = None,
+    num_inference_steps: int = 32,
+    guidance: Guidance | None = None,
+    solver: str | Solver | None = None,
+    diffusion: Diffusion | None = None,
+    generator: GeneratorLike = None,
+    sample_ids: Sequence[int] | None = None,
+    latents: Tensor | None = None,
+    output_type: OutputType = "pil",
+    callback: Callable[[StepState], None] | None = None,
+    progress: bool = True,
+    **conditioning: Any,
+) -> SampleOutput:
+    """Draw samples from a live Diffusers pipeline, one of ours, or a ``Denoiser``.
+
+    model: a pipeline (``conditioning`` are its own prompt arguments, such as ``prompt=``, ``negative_prompt=``,
+        ``height=`` or ``class_labels=``) or a Denoiser with its conditioning bound.
+    num_samples: for unconditional models; otherwise the conditioning says how many.
+    guidance: a rule of ``gensample.guidance``; None is the plain conditional model.
+    solver: a name of ``gensample.solvers.SOLVERS``, a Solver, or None for the pipeline's own scheduler.
+    diffusion: of a stochastic solver; see ``gensample.solvers.Diffusion``.
+    generator, sample_ids: the noise; see ``NoiseStream.from_generator``.
+    latents: initial noise (B, ...) instead of drawn noise.
+    callback: called with every StepState.
+
+    Raises ValueError for bad arguments and FloatingPointError if latents stop being finite.
+    """
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type={output_type!r} is unknown; use 'pil', 'np', 'pt' or 'latent'")
+    denoiser = as_denoiser(model, num_samples, conditioning)
+    before = denoiser.evaluations
+    states = stream(
+        denoiser, num_inference_steps=num_inference_steps, guidance=guidance, solver=solver,
+        diffusion=diffusion, generator=generator, sample_ids=sample_ids, latents=latents,
+    )  # fmt: skip
+    final: Tensor | None = None
+    with tqdm(total=num_inference_steps, disable=not progress) as bar:
+        for state in states:
+            if callback is not None:
+                callback(state)
+            final = state.latents
+            bar.update()
+    assert final is not None
+    images = None if output_type == "latent" else to_output(denoiser.decode(final), output_type)
+    return SampleOutput(images, final, denoiser.evaluations - before)
+
+
+def as_denoiser(model: Any, num_samples: int | None, conditioning: dict[str, Any]) -> Denoiser:
+    """``model`` itself if it is a Denoiser, else the denoiser of a live pipeline with its conditioning bound."""
+    if isinstance(model, Denoiser):
+        if conditioning or num_samples is not None:
+            extra = sorted(conditioning) + (["num_samples"] if num_samples is not None else [])
+            raise ValueError(f"{extra} cannot be given with a Denoiser: bind its conditioning when building it")
+        return model
+    if num_samples is not None:
+        conditioning = {**conditioning, "num_samples": num_samples}
+    return denoiser_from_pipeline(model, **conditioning)
+
+
+def choose_solver(
+    denoiser: Denoiser,
+    solver: str | Solver | None,
+    num_inference_steps: int,
+    diffusion: Diffusion | None,
+    noise: NoiseStream,
+) -> Solver:
+    """The solver a caller asked for, over the time grid of the denoiser's own scheduler."""
+    if isinstance(solver, Solver):
+        if diffusion is not None:
+            raise ValueError("diffusion is part of a Solver object; give it to make_solver instead")
+        return solver
+    if solver is None and denoiser.scheduler is not None:
+        if diffusion is not None:
+            raise ValueError(f"diffusion={diffusion} needs solver='em', 'exp' or 'exp2m'")
+        scheduler = denoiser.prepared_scheduler(num_inference_steps)
+        if isinstance(scheduler, StochasticInterpolantScheduler):
+            return scheduler.solver
+        return SchedulerSolver(
+            scheduler,
+            path=denoiser.path,
+            prediction_type=denoiser.prediction_type,
+            stage_times=[denoiser.time(float(t)) for t in scheduler.timesteps],
+            generators=noise.torch_generators(purpose="scheduler"),
+        )
+    return make_solver(
+        solver or "euler",
+        path=denoiser.path,
+        prediction_type=denoiser.prediction_type,
+        times=denoiser.times(num_inference_steps),
+        diffusion=diffusion,
+    )
+
+
+def initial_latents(denoiser: Denoiser, solver: Solver, noise: NoiseStream, latents: Tensor | None) -> Tensor:
+    """The state at the first time, (B, ...) float32 on the denoiser's device."""
+    expected = (len(noise), *denoiser.latent_shape)
+    if latents is None:
+        latents = noise.normal(denoiser.latent_shape, purpose="init")
+    elif tuple(latents.shape) != expected:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; this model and batch need {expected}")
+    return solver.initial(latents.to(denoiser.device, torch.float32))
+
+
+def to_output(images: Tensor, output_type: OutputType) -> Any:
+    """Images (B, C, H, W) in [0, 1] as PIL images, a (B, H, W, C) array or the tensor itself."""
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+    return array if output_type == "np" else images_to_pil(array)
+
+
+def images_to_pil(array: np.ndarray) -> list[Any]:
+    """(B, H, W, C) floats in [0, 1] as a list of PIL images, grey for C = 1; values are rounded, not truncated."""
+    from PIL import Image
+
+    pixels = (array * 255.0).round().clip(0, 255).astype(np.uint8)
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

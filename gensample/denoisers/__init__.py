@@ -1,1 +1,19 @@
-"""Denoisers: one interface over the networks of every supported model family."""
+"""Denoisers: every network behind one call, and the conditioning that follows its samples."""
+
+from gensample.denoisers.base import Denoiser, NativeOutput
+from gensample.denoisers.conditioning import Conditioning
+from gensample.denoisers.from_pipeline import denoiser_from_pipeline
+from gensample.denoisers.process import FlowTimes, Process, TableTimes, TimeMap, flow_process, process_of
+
+__all__ = [
+    "Conditioning",
+    "Denoiser",
+    "FlowTimes",
+    "NativeOutput",
+    "Process",
+    "TableTimes",
+    "TimeMap",
+    "denoiser_from_pipeline",
+    "flow_process",
+    "process_of",
+]

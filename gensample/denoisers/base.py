@@ -1,0 +1,301 @@
+"""One interface over every network: what it answers at (x, t) under a conditioning, in float32, on its own process.
+
+Shapes: B = rows, ... = the latent shape (C, H, W) or, for packed latents, (tokens, width).
+x and output: (B, ...) float32; t: a float, or (B,) for rows at different noise levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gensample.denoisers.adapters import adapters_disabled
+from gensample.denoisers.conditioning import Conditioning
+from gensample.denoisers.process import FlowTimes, Process, TimeMap, process_of, scheduler_times
+from gensample.interpolants import Float64, Interpolant, convert, make_interpolant
+
+Network = nn.Module | Callable[..., Any]
+Time = float | Float64 | Tensor
+
+
+@dataclass(frozen=True)
+class NativeOutput:
+    """What a network answered, in its own prediction type: output (B, ...), and the raw learned variance, if any.
+
+    ``variance`` is the second half of the channels of a learned-variance model, as its scheduler expects it
+    (log-interpolation weight in [-1, 1] for "learned_range").
+    """
+
+    output: Tensor
+    variance: Tensor | None = None
+
+
+class Denoiser:
+    """Networks that share one noise process, called through :meth:`denoise`.
+
+    Build one with :meth:`from_model`, or from a live pipeline with ``denoiser_from_pipeline``. A family subclass
+    overrides :meth:`forward`, :meth:`images` and :meth:`set_timesteps`.
+
+    Attributes:
+        nets: the networks by name: "main", and any of "weak", "reference", "old", "teacher" ... Without an entry of
+            its own, "reference" is the main network with its PEFT adapters switched off.
+        path, prediction_type, time_map: the process; see ``gensample.denoisers.process``.
+        latent_shape: the shape of one sample.
+        conditioning: the bound conditioning, one row per sample, or None.
+        scheduler: the pipeline's own scheduler, never changed; or None.
+        device: where x and the conditioning go.
+        evaluations: rows evaluated so far, over all nets; a batch of 8 counts 8.
+    """
+
+    def __init__(
+        self,
+        nets: Mapping[str, Network],
+        process: Process,
+        *,
+        latent_shape: Sequence[int],
+        conditioning: Conditioning | None = None,
+        scheduler: Any = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """See the class and :meth:`from_model` for the arguments."""
+        if "main" not in nets:
+            raise ValueError(f"nets must have an entry 'main'; got {sorted(nets)}")
+        self.nets = dict(nets)
+        self.path = process.path
+        self.prediction_type = process.prediction_type
+        self.time_map: TimeMap = process.time_map
+        self.latent_shape = tuple(int(size) for size in latent_shape)
+        self.scheduler = scheduler
+        self.device = torch.device(device) if device is not None else _device(self.nets["main"])
+        self.conditioning = conditioning.to(self.device) if conditioning is not None else None
+        self.evaluations = 0
+        self._decoder = decoder
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Network,
+        *,
+        latent_shape: Sequence[int],
+        path: str | Interpolant | None = None,
+        prediction_type: str | None = None,
+        time_map: TimeMap | None = None,
+        scheduler: Any = None,
+        conditioning: Conditioning | None = None,
+        nets: Mapping[str, Network] | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        device: torch.device | str | None = None,
+    ) -> Denoiser:
+        """A denoiser over a module or callable ``model(x, timestep, **fields)``.
+
+        ``timestep`` is (B,) float32; ``fields`` are the conditioning's batched and shared fields by name. The answer
+        is a tensor, a tuple that starts with one, or an object with ``.sample``.
+
+        Args:
+            model: the main network.
+            latent_shape: the shape of one sample.
+            path: "linear", "gvp", "vp" or an interpolant; default the scheduler's, else linear.
+            prediction_type: default the scheduler's; required without one.
+            time_map: default the scheduler's, else ``FlowTimes(1000)``: timestep = 1000 (1 - t).
+            scheduler: a Diffusers scheduler that supplies the process and the time grid.
+            conditioning: bound to the denoiser, one row per sample.
+            nets: further networks by name, such as ``{"weak": ...}``.
+            decoder: maps samples (B, ...) to images (B, C, H, W) in [0, 1]; without it :meth:`decode` raises.
+            device: default that of the model's parameters.
+        """
+        inferred = process_of(scheduler) if scheduler is not None else None
+        if path is None:
+            path = inferred.path if inferred else "linear"
+        prediction_type = prediction_type or (inferred.prediction_type if inferred else None)
+        if prediction_type is None:
+            raise ValueError("prediction_type must be given where no scheduler supplies it")
+        process = Process(
+            make_interpolant(path) if isinstance(path, str) else path,
+            prediction_type,
+            time_map or (inferred.time_map if inferred else FlowTimes()),
+        )
+        return cls(
+            {"main": model, **(nets or {})}, process, latent_shape=latent_shape, conditioning=conditioning,
+            scheduler=scheduler, decoder=decoder, device=device,
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the main network computes."""
+        return _dtype(self.nets["main"], torch.float32)
+
+    def timestep(self, t: Time) -> float | Float64:
+        """The network's timestep at canonical time ``t``, float64: a float, or (B,)."""
+        return self.time_map.timestep(_host(t))
+
+    def time(self, timestep: Time) -> float | Float64:
+        """The canonical time of a network timestep; inverse of :meth:`timestep`."""
+        return self.time_map.time(_host(timestep))
+
+    def denoise(
+        self, x: Tensor, t: Time, cond: Conditioning | None = None, *, net: str = "main", grad: bool = False
+    ) -> NativeOutput:
+        """Evaluate a network at x (B, ...), time ``t`` (a float or (B,)), under ``cond`` (default: the bound one).
+
+        The state is cast to the network's dtype and the answer back to float32 (float64 if x is). ``grad=True``
+        keeps the graph even under an outer ``no_grad``; the default builds none.
+
+        Raises ValueError for an unknown net, or where rows of x, t and cond disagree.
+        """
+        cond = self._checked(x, cond)
+        module = self._network(net)
+        if net == "reference" and "reference" not in self.nets:
+            if grad and getattr(module, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "net='reference' with grad=True would be recomputed with its adapters on under gradient "
+                    "checkpointing; call disable_gradient_checkpointing(), or give a copy as nets['reference']"
+                )
+            context: Any = adapters_disabled(module)
+        else:
+            context = nullcontext()
+        # x of a float64 oracle stays float64; parameters decide for real networks.
+        dtype = _dtype(module, x.dtype)
+        timestep = self._timestep_rows(t, x)
+        with torch.set_grad_enabled(grad), context:
+            answer = self.forward(module, x.to(self.device, dtype), timestep, self._fields(cond, dtype))
+        self.evaluations += x.shape[0]
+        return _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
+
+    def x0(
+        self, x: Tensor, t: Time, cond: Conditioning | None = None, *, net: str = "main", grad: bool = False
+    ) -> Tensor:
+        """The posterior mean E[x0 | x_t = x] (B, ...) that the network's answer means.
+
+        Raises ValueError for an epsilon (or score) model at zero signal-to-noise ratio, where x0 is not determined.
+        """
+        output = self.denoise(x, t, cond, net=net, grad=grad).output
+        with torch.set_grad_enabled(grad):
+            coefficients = self.path.coefficients(_host(t))
+            return convert(output, x.to(output), coefficients, self.prediction_type, "x0")
+
+    def decode(self, x: Tensor, *, micro_batch: int = 8, grad: bool = False) -> Tensor:
+        """Samples (B, ...) to images (B, C, H, W), float32 in [0, 1], ``micro_batch`` at a time."""
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} must be at least 1")
+        with torch.set_grad_enabled(grad):
+            return torch.cat([self.images(part.to(self.device)).float() for part in x.split(micro_batch)])
+
+    def times(self, num_inference_steps: int) -> list[float]:
+        """The ascending grid t_0 < ... < t_N that the pipeline's own scheduler would walk in N steps.
+
+        Computed on a copy made from the scheduler's configuration; without a scheduler, N uniform steps in t.
+        """
+        if isinstance(num_inference_steps, bool) or num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        if self.scheduler is None:
+            grid = np.linspace(self.time_map.start, 1.0, num_inference_steps + 1)
+            return [float(t) for t in grid]
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        self.set_timesteps(scheduler, num_inference_steps)
+        return scheduler_times(scheduler, self.time_map, num_inference_steps)
+
+    def forward(self, module: Any, x: Tensor, timestep: Tensor, fields: Mapping[str, Any]) -> Tensor:
+        """One call of a network: x (B, ...) in its dtype, timestep (B,) float32, the conditioning's fields."""
+        answer = module(x, timestep, **fields)
+        answer = getattr(answer, "sample", answer)
+        output = answer[0] if isinstance(answer, tuple) else answer
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the model returned {type(answer).__name__}; a tensor, tuple or .sample is expected"
+            )
+        return output
+
+    def images(self, x: Tensor) -> Tensor:
+        """Decode one micro-batch to [0, 1]."""
+        if self._decoder is None:
+            raise ValueError("this denoiser has no decoder; pass decoder= to Denoiser.from_model")
+        return self._decoder(x)
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
+        """``scheduler.set_timesteps`` with whatever else the pipeline passes."""
+        scheduler.set_timesteps(num_inference_steps)
+
+    def _network(self, net: str) -> Any:
+        if net in self.nets:
+            return self.nets[net]
+        if net == "reference":
+            return self.nets["main"]
+        raise ValueError(f"net={net!r} is unknown; this denoiser has {sorted(self.nets)}; add it to nets")
+
+    def _checked(self, x: Tensor, cond: Conditioning | None) -> Conditioning:
+        cond = cond if cond is not None else self.conditioning
+        if cond is None:
+            cond = Conditioning(num_rows=x.shape[0])
+        if tuple(x.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.latent_shape))})"
+            )
+        if cond.batch_size != x.shape[0]:
+            raise ValueError(
+                f"x has {x.shape[0]} rows and the conditioning {cond.batch_size}; use cond.rows(...) or cond.repeat(k)"
+            )
+        return cond
+
+    def _fields(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+        """Batched fields in the network's dtype beside the shared ones."""
+        fields = {
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in cond.batched.items()
+        }
+        return {**fields, **cond.shared}
+
+    def _timestep_rows(self, t: Time, x: Tensor) -> Tensor:
+        timestep = self.timestep(t)
+        if isinstance(timestep, float):
+            return torch.full((x.shape[0],), timestep, dtype=torch.float32, device=self.device)
+        if timestep.shape != (x.shape[0],):
+            raise ValueError(
+                f"t has shape {timestep.shape}; give a float, or one time per row: ({x.shape[0]},)"
+            )
+        return torch.from_numpy(timestep.astype(np.float32)).to(self.device)
+
+
+def _native(answer: Tensor, x: Tensor) -> NativeOutput:
+    """Split a learned-variance answer (twice the channels of x) into output and variance."""
+    if answer.shape == x.shape:
+        return NativeOutput(answer)
+    if answer.ndim > 1 and answer.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        output, variance = answer.chunk(2, dim=1)
+        return NativeOutput(output, variance)
+    raise ValueError(
+        f"the network answered shape {tuple(answer.shape)} to x of shape {tuple(x.shape)}; the same shape, or twice "
+        "the channels (learned variance), is expected"
+    )
+
+
+def _host(t: Time) -> float | Float64:
+    """A scalar time as a float, rows of times as float64 on the host."""
+    if isinstance(t, float):
+        return t
+    if isinstance(t, Tensor):
+        t = t.detach().cpu().numpy()
+    rows = np.asarray(t, dtype=np.float64)
+    return float(rows) if rows.ndim == 0 else rows
+
+
+def _dtype(network: Any, default: torch.dtype) -> torch.dtype:
+    # Diffusers models answer for quantised weights and layerwise casting too.
+    if isinstance(network, nn.Module):
+        own = getattr(network, "dtype", None)
+        if isinstance(own, torch.dtype):
+            return own
+        return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
+    return default
+
+
+def _device(network: Any) -> torch.device:
+    if isinstance(network, nn.Module):
+        return next((p.device for p in network.parameters()), torch.device("cpu"))
+    return torch.device("cpu")

@@ -1,0 +1,51 @@
+"""Our class-conditional DiT under ClassConditionalPipeline: pixels (B, C, H, W) in [-1, 1], linear path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gensample.denoisers.base import Denoiser
+from gensample.denoisers.labels import Labels, label_conditioning, label_indices
+from gensample.denoisers.process import is_flow_scheduler, process_of
+from gensample.denoisers.vae import unit_range
+
+
+class ClassConditionalDenoiser(Denoiser):
+    """The pipeline's transformer in pixel space."""
+
+    def forward(self, module: Any, x: Tensor, timestep: Tensor, fields: Mapping[str, Any]) -> Tensor:
+        """``gensample.models.dit.DiT``."""
+        output: Tensor = module(x, timestep, fields["class_labels"], return_dict=False)[0]
+        return output
+
+    def images(self, x: Tensor) -> Tensor:
+        """clamp((x + 1) / 2)."""
+        return unit_range(x)
+
+    def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
+        """Uniform noise levels 1 .. 1/N before the scheduler's shift: by default Diffusers' last step moves 0.001."""
+        if is_flow_scheduler(scheduler):
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+            scheduler.set_timesteps(num_inference_steps, sigmas=sigmas)
+        else:
+            scheduler.set_timesteps(num_inference_steps)
+
+
+def from_pipeline(pipe: Any, *, class_labels: Labels) -> ClassConditionalDenoiser:
+    """One row per label, an index or a name of ``pipe.labels``; the null label is ``num_classes``."""
+    config = pipe.transformer.config
+    names = getattr(pipe, "labels", {})
+    return ClassConditionalDenoiser(
+        {"main": pipe.transformer},
+        process_of(pipe.scheduler),
+        latent_shape=(config.in_channels, config.sample_size, config.sample_size),
+        conditioning=label_conditioning(
+            label_indices(class_labels, config.num_classes, names), config.num_classes
+        ),
+        scheduler=pipe.scheduler,
+        device=pipe._execution_device,
+    )

@@ -1,0 +1,189 @@
+"""The noise process a network was trained on: its path, its prediction type, and its own way to count time.
+
+Canonical time t runs from 0 (noise) to 1 (data). Networks count the other way:
+
+    flow models       timestep = scale (1 - t), scale 1000 for SD3 and Flux                        (FlowTimes)
+    DDPM schedules    step k has abar_k; on the gvp path t_k = 1 - (2/pi) atan2(sqrt(1 - abar_k), sqrt(abar_k)),
+                      linear between integer steps                                                 (TableTimes)
+
+Both maps are float64 on the host; integer steps come back exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, overload
+
+import numpy as np
+
+from gensample.interpolants import (
+    PREDICTION_TYPES,
+    Float64,
+    GVPInterpolant,
+    Interpolant,
+    LinearInterpolant,
+    gvp_time,
+    make_interpolant,
+)
+
+FloatOrRows = TypeVar("FloatOrRows", float, Float64)
+
+
+class TimeMap(Protocol):
+    """A monotone map between canonical times and a network's timesteps."""
+
+    @property
+    def start(self) -> float:
+        """The noisiest canonical time the network knows."""
+
+    @overload
+    def timestep(self, t: float) -> float: ...
+    @overload
+    def timestep(self, t: Float64) -> Float64: ...
+    def timestep(self, t: Any) -> Any:
+        """What the network is told at canonical time ``t``."""
+
+    @overload
+    def time(self, timestep: float) -> float: ...
+    @overload
+    def time(self, timestep: Float64) -> Float64: ...
+    def time(self, timestep: Any) -> Any:
+        """The canonical time of a network timestep."""
+
+
+@dataclass(frozen=True)
+class FlowTimes:
+    """timestep = scale (1 - t)."""
+
+    scale: float = 1000.0
+
+    @property
+    def start(self) -> float:
+        """0: flow models start from pure noise."""
+        return 0.0
+
+    def timestep(self, t: FloatOrRows) -> FloatOrRows:
+        """scale (1 - t)."""
+        return self.scale * (1.0 - t)
+
+    def time(self, timestep: FloatOrRows) -> FloatOrRows:
+        """1 - timestep / scale."""
+        return 1.0 - timestep / self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class TableTimes:
+    """Integer steps k = 0, 1, ... at ``table[k]``, linear in between; times beyond the table get its ends.
+
+    Raises ValueError unless the table falls strictly: more noise with every step.
+    """
+
+    table: Float64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", np.asarray(self.table, dtype=np.float64))
+        if self.table.ndim != 1 or len(self.table) < 2 or not np.all(np.diff(self.table) < 0):
+            raise ValueError(
+                "table must fall strictly with the step: alphas_cumprod must be strictly decreasing"
+            )
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Any) -> TableTimes:
+        """The table of a DDPM schedule abar_0 > abar_1 > ..., any array or tensor of shape (K,)."""
+        return cls(gvp_time(np.asarray(alphas_cumprod, dtype=np.float64)))
+
+    @property
+    def start(self) -> float:
+        """The time of the last, noisiest step; above 0 unless the schedule has zero terminal SNR."""
+        return float(self.table[-1])
+
+    def timestep(self, t: FloatOrRows) -> FloatOrRows:
+        """The step at time ``t``, fractional between integer steps."""
+        steps = np.arange(len(self.table), dtype=np.float64)
+        found = np.interp(t, self.table[::-1], steps[::-1])
+        return float(found) if isinstance(t, float) else found  # type: ignore[return-value]
+
+    def time(self, timestep: FloatOrRows) -> FloatOrRows:
+        """The time of a step, fractional ones included."""
+        found = np.interp(timestep, np.arange(len(self.table), dtype=np.float64), self.table)
+        return float(found) if isinstance(timestep, (int, float)) else found  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Process:
+    """Path, prediction type (one of ``interpolants.PREDICTION_TYPES``) and time map of a network."""
+
+    path: Interpolant
+    prediction_type: str
+    time_map: TimeMap
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type={self.prediction_type!r} is unknown; use one of {PREDICTION_TYPES}"
+            )
+
+
+def flow_process(num_train_timesteps: int = 1000) -> Process:
+    """Rectified flow in Diffusers' convention: linear path, output noise - x0, timestep 1000 (1 - t)."""
+    return Process(LinearInterpolant(), "flow_prediction", FlowTimes(float(num_train_timesteps)))
+
+
+def process_of(scheduler: Any) -> Process:
+    """The process that a Diffusers scheduler assumes of its network.
+
+    Flow-matching schedulers (and others with ``use_flow_sigmas``) give :func:`flow_process`; our
+    ``StochasticInterpolantScheduler`` its configured path; schedulers over ``alphas_cumprod`` the gvp path with
+    their table. Raises TypeError for anything else, such as EDM-preconditioned ones.
+    """
+    config = scheduler.config
+    num_train_timesteps = int(config.get("num_train_timesteps", 1000))
+    if "path" in config:
+        path = make_interpolant(config["path"])
+        return Process(path, config["prediction_type"], FlowTimes(float(num_train_timesteps)))
+    if is_flow_scheduler(scheduler):
+        return flow_process(num_train_timesteps)
+    if hasattr(scheduler, "alphas_cumprod"):
+        times = TableTimes.from_alphas_cumprod(scheduler.alphas_cumprod.double().cpu().numpy())
+        return Process(GVPInterpolant(), config.get("prediction_type", "epsilon"), times)
+    raise TypeError(
+        f"{type(scheduler).__name__} fits no process known here: it has neither alphas_cumprod nor flow sigmas; "
+        "give path=, prediction_type= and time_map= to Denoiser.from_model"
+    )
+
+
+def is_flow_scheduler(scheduler: Any) -> bool:
+    """Whether ``scheduler`` integrates a rectified flow, with ``sigmas`` = 1 - t."""
+    config = scheduler.config
+    return (
+        "path" in config
+        or bool(config.get("use_flow_sigmas", False))
+        or config.get("prediction_type") == "flow_prediction"
+        or type(scheduler).__name__.startswith("FlowMatch")
+    )
+
+
+def scheduler_times(scheduler: Any, time_map: TimeMap, num_inference_steps: int) -> list[float]:
+    """The ascending grid [t_0 .. t_N] of a scheduler on which ``set_timesteps`` has been called.
+
+    Duplicate and midpoint levels of multi-stage schedulers are left out. The last time is the scheduler's own
+    final level (``final_alpha_cumprod``, ``final_sigmas_type``), or 1 where it would not lie past the last step.
+    Schedulers whose previous step is not the next of the list (DDIM with "linspace" spacing) get consecutive steps.
+    """
+    if is_flow_scheduler(scheduler):
+        levels = np.unique(1.0 - scheduler.sigmas.double().cpu().numpy())
+        return [float(t) for t in np.clip(levels, 0.0, 1.0)]
+    timesteps = np.asarray(scheduler.timesteps.double().cpu())
+    levels = np.unique(time_map.time(timesteps))
+    if len(levels) == 2 * num_inference_steps - 1:  # second-order schedulers interleave midpoints
+        levels = levels[::2]
+    final = _final_time(scheduler)
+    return [*(float(t) for t in levels), final if final > levels[-1] else 1.0]
+
+
+def _final_time(scheduler: Any) -> float:
+    if hasattr(scheduler, "final_alpha_cumprod"):
+        return float(gvp_time(np.asarray(float(scheduler.final_alpha_cumprod))))
+    if scheduler.config.get("final_sigmas_type", "zero") == "sigma_min":
+        return 1.0 - (2.0 / np.pi) * float(np.arctan(float(scheduler.sigmas[-1])))
+    return 1.0

@@ -3,13 +3,15 @@
 Shape legend
     B batch, C channels, W base width, F feature_dim, K num_classes.
 
-Both use group normalisation and no dropout: an image's features depend neither on its batch nor on the mode, there
-are no running statistics to average or to synchronise, and nothing touches the global generator. SiLU keeps
-gradients with respect to the image smooth. Three resolutions (full, half, quarter) of W, 2W and 4W channels, then
-global average pooling, features = SiLU(Linear(4W -> F)) and logits = Linear(F -> K).
+Both use group normalisation and no dropout: an image's features depend neither on its batch nor on the mode,
+there are no running statistics to average or to synchronise, and nothing touches the global generator. SiLU
+keeps gradients with respect to the image smooth. Three resolutions (full, half, quarter) of W, 2W and 4W
+channels, then global average pooling, features = SiLU(Linear(4W -> F)) and logits = Linear(F -> K).
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ class ResidualUnit(nn.Module):
     """Pre-activation residual unit (He et al., 1603.05027): (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        """A 1x1 convolution carries the skip where the number of channels changes."""
+        """Build a unit whose skip is a 1x1 convolution where the number of channels changes."""
         super().__init__()
         self.norm1 = _norm(in_channels)
         self.conv1 = _conv(in_channels, out_channels)
@@ -46,11 +48,11 @@ class ResidualUnit(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return skip(x) + conv(act(norm(conv(act(norm(x))))))."""
         hidden = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(hidden)))
+        return cast(torch.Tensor, self.skip(x) + self.conv2(F.silu(self.norm2(hidden))))
 
 
 def _plain_trunk(in_channels: int, width: int) -> nn.Sequential:
-    """Two convolutions per resolution, maximum pooling between them (after VGG, 1409.1556)."""
+    """Stack two convolutions per resolution, maximum pooling between them (after VGG, 1409.1556)."""
     layers: list[nn.Module] = []
     channels = in_channels
     for stage, out in enumerate((width, 2 * width, 4 * width)):
@@ -63,7 +65,7 @@ def _plain_trunk(in_channels: int, width: int) -> nn.Sequential:
 
 
 def _residual_trunk(in_channels: int, width: int) -> nn.Sequential:
-    """A stem, then one, two and two residual units per resolution, average pooling between them."""
+    """Stack a stem, then one, two and two units per resolution, average pooling between them."""
     layers: list[nn.Module] = [_conv(in_channels, width)]
     channels = width
     for stage, (out, units) in enumerate(((width, 1), (2 * width, 2), (4 * width, 2))):
@@ -78,7 +80,7 @@ def _residual_trunk(in_channels: int, width: int) -> nn.Sequential:
 _TRUNKS = {"plain": _plain_trunk, "residual": _residual_trunk}
 
 
-class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Classifier(ModelMixin, ConfigMixin):
     """Convolutional classifier of images in [0, 1], differentiable with respect to them.
 
     Args:
@@ -88,7 +90,7 @@ class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         width: channels at full resolution; a multiple of 8.
         feature_dim: dimension of the features before the logits.
 
-    Weights are those of :meth:`initialize_weights` with seed 0; construction leaves the global generator untouched.
+    Weights are those of :meth:`initialize_weights` with seed 0; the global generator is left alone.
 
     Raises:
         ValueError: for an unknown architecture, or a width or count outside its range.
@@ -109,9 +111,11 @@ class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
             raise ValueError(f"architecture must be one of {', '.join(_TRUNKS)}, got {architecture!r}")
         if width < _GROUP_SIZE or width % _GROUP_SIZE:
             raise ValueError(f"width must be a positive multiple of {_GROUP_SIZE}, got {width}")
-        for name, value in {"in_channels": in_channels, "num_classes": num_classes, "feature_dim": feature_dim}.items():
+        counts = {"in_channels": in_channels, "num_classes": num_classes, "feature_dim": feature_dim}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        self.in_channels = in_channels
         with isolated_rng():
             self.trunk = _TRUNKS[architecture](in_channels, width)
             self.project = nn.Linear(4 * width, feature_dim)
@@ -119,7 +123,7 @@ class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.initialize_weights()
 
     def initialize_weights(self, seed: int = 0) -> None:
-        """Draw every weight anew from a CPU generator with this seed: He-normal, zero biases, norms the identity."""
+        """Draw every weight anew from a CPU generator with this seed: He-normal, zero biases, unit gains."""
         generator = torch.Generator(device="cpu").manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -136,22 +140,22 @@ class Classifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: for a wrong number of channels, integer images, or a side below 4.
         """
-        channels = self.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < 4:
+        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < 4:
             raise ValueError(
-                f"images must have shape (B, {channels}, H, W) with sides of at least 4, got {tuple(images.shape)}"
+                f"images must have shape (B, {self.in_channels}, H, W) with sides of at least 4, "
+                f"got {tuple(images.shape)}"
             )
         if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [0, 1], got {images.dtype}; divide uint8 by 255")
+            raise ValueError(f"images must be floats in [0, 1], got {images.dtype}; divide uint8 by 255")
         hidden = self.trunk(2 * images.to(self.head.weight.dtype) - 1)
         return F.silu(self.project(hidden.mean(dim=(2, 3))))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) in [0, 1] -> logits (B, K). Raises as :meth:`features`."""
-        return self.head(self.features(images))
+        return cast(torch.Tensor, self.head(self.features(images)))
 
     def log_prob(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """log p(label | image), float32 (B,), for images (B, C, H, W) in [0, 1] and labels (B,) long.
+        """Return log p(label | image), float32 (B,), of images (B, C, H, W) in [0, 1] and labels (B,) long.
 
         Raises:
             ValueError: as :meth:`features`, and for labels of another shape.

@@ -1,8 +1,8 @@
 """Reproducible weight initialisation that leaves the global random generator alone.
 
-PyTorch layers draw their default weights from the global generator while they are constructed. Models here are
-built inside :func:`isolated_rng` and then filled from an explicit CPU generator, so the weights depend on the seed
-alone: not on the device, not on what ran before.
+PyTorch layers draw their default weights from the global generator while they are constructed. Models here
+are built inside :func:`isolated_rng` and then filled from an explicit CPU generator, so the weights depend
+on the seed alone: not on the device, not on what ran before.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ def isolated_rng() -> Iterator[None]:
 
 @torch.no_grad()
 def fill(
-    tensor: torch.Tensor, generator: torch.Generator, draw: Callable[..., torch.Tensor], **options: float | str
+    tensor: torch.Tensor,
+    generator: torch.Generator,
+    draw: Callable[..., torch.Tensor],
+    **options: float | str,
 ) -> None:
-    """Fill `tensor` in place with `draw(values, generator=generator, **options)`, drawn in float32 on the CPU.
+    """Fill `tensor` in place with `draw(values, generator=generator, **options)`, float32 on the CPU.
 
-    `draw` is one of the functions of `torch.nn.init` that accept a generator. Tensors on the meta device have no
-    values to fill and are left as they are (`from_pretrained` builds models there before it loads their weights).
+    `draw` is one of the functions of `torch.nn.init` that accept a generator. Tensors on the meta device have
+    no values and are left as they are: `from_pretrained` builds models there before it loads their weights.
     """
     if tensor.is_meta:
         return

@@ -1,5 +1,7 @@
 """Denoisers: every network behind one call, and the conditioning that follows its samples."""
 
+from __future__ import annotations
+
 from gensample.denoisers.base import Denoiser, NativeOutput
 from gensample.denoisers.conditioning import Conditioning
 from gensample.denoisers.from_pipeline import denoiser_from_pipeline

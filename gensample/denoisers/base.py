@@ -1,4 +1,4 @@
-"""One interface over every network: what it answers at (x, t) under a conditioning, in float32, on its own process.
+"""One interface over every network: its answer at (x, t) under a conditioning, in float32, on its own process.
 
 Shapes: B = rows, ... = the latent shape (C, H, W) or, for packed latents, (tokens, width).
 x and output: (B, ...) float32; t: a float, or (B,) for rows at different noise levels.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gensample.denoisers.adapters import adapters_disabled
 from gensample.denoisers.conditioning import Conditioning
 from gensample.denoisers.process import FlowTimes, Process, TimeMap, process_of, scheduler_times
-from gensample.interpolants import Float64, Interpolant, convert, make_interpolant
+from gensample.interpolants import Float64, Interpolant, affine, convert, make_interpolant
 
 Network = nn.Module | Callable[..., Any]
 Time = float | Float64 | Tensor
@@ -26,10 +26,10 @@ Time = float | Float64 | Tensor
 
 @dataclass(frozen=True)
 class NativeOutput:
-    """What a network answered, in its own prediction type: output (B, ...), and the raw learned variance, if any.
+    """What a network answered, in its own prediction type: output (B, ...), and its learned variance, if any.
 
-    ``variance`` is the second half of the channels of a learned-variance model, as its scheduler expects it
-    (log-interpolation weight in [-1, 1] for "learned_range").
+    ``variance`` is the second half of the channels of a learned-variance model, raw, as its scheduler expects it
+    (the log-interpolation weight in [-1, 1] for "learned_range").
     """
 
     output: Tensor
@@ -39,15 +39,15 @@ class NativeOutput:
 class Denoiser:
     """Networks that share one noise process, called through :meth:`denoise`.
 
-    Build one with :meth:`from_model`, or from a live pipeline with ``denoiser_from_pipeline``. A family subclass
-    overrides :meth:`forward`, :meth:`images` and :meth:`set_timesteps`.
+    Build one with :meth:`from_model`, or from a live pipeline with ``denoiser_from_pipeline``. A family's
+    subclass overrides :meth:`forward`, and :meth:`set_timesteps` where its pipeline passes more than N.
 
     Attributes:
-        nets: the networks by name: "main", and any of "weak", "reference", "old", "teacher" ... Without an entry of
-            its own, "reference" is the main network with its PEFT adapters switched off.
+        nets: the networks by name: "main", and any of "weak", "reference", "old", "teacher" ... Without an
+            entry of its own, "reference" is the main network with its PEFT adapters switched off.
         path, prediction_type, time_map: the process; see ``gensample.denoisers.process``.
         latent_shape: the shape of one sample.
-        conditioning: the bound conditioning, one row per sample, or None.
+        conditioning: the bound conditioning, one row per sample.
         scheduler: the pipeline's own scheduler, never changed; or None.
         device: where x and the conditioning go.
         evaluations: rows evaluated so far, over all nets; a batch of 8 counts 8.
@@ -59,7 +59,7 @@ class Denoiser:
         process: Process,
         *,
         latent_shape: Sequence[int],
-        conditioning: Conditioning | None = None,
+        conditioning: Conditioning,
         scheduler: Any = None,
         decoder: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
@@ -74,7 +74,7 @@ class Denoiser:
         self.latent_shape = tuple(int(size) for size in latent_shape)
         self.scheduler = scheduler
         self.device = torch.device(device) if device is not None else _device(self.nets["main"])
-        self.conditioning = conditioning.to(self.device) if conditioning is not None else None
+        self.conditioning = conditioning.to(self.device)
         self.evaluations = 0
         self._decoder = decoder
 
@@ -89,14 +89,15 @@ class Denoiser:
         time_map: TimeMap | None = None,
         scheduler: Any = None,
         conditioning: Conditioning | None = None,
+        num_samples: int = 1,
         nets: Mapping[str, Network] | None = None,
         decoder: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str | None = None,
     ) -> Denoiser:
-        """A denoiser over a module or callable ``model(x, timestep, **fields)``.
+        """Wrap a module or callable ``model(x, timestep, **fields)``.
 
-        ``timestep`` is (B,) float32; ``fields`` are the conditioning's batched and shared fields by name. The answer
-        is a tensor, a tuple that starts with one, or an object with ``.sample``.
+        ``timestep`` is (B,) float32; ``fields`` are the conditioning's batched and shared fields by name. The
+        answer is a tensor, a tuple that starts with one, or an object with ``.sample``.
 
         Args:
             model: the main network.
@@ -106,100 +107,111 @@ class Denoiser:
             time_map: default the scheduler's, else ``FlowTimes(1000)``: timestep = 1000 (1 - t).
             scheduler: a Diffusers scheduler that supplies the process and the time grid.
             conditioning: bound to the denoiser, one row per sample.
+            num_samples: the rows of an unconditional model.
             nets: further networks by name, such as ``{"weak": ...}``.
             decoder: maps samples (B, ...) to images (B, C, H, W) in [0, 1]; without it :meth:`decode` raises.
             device: default that of the model's parameters.
         """
-        inferred = process_of(scheduler) if scheduler is not None else None
-        if path is None:
-            path = inferred.path if inferred else "linear"
-        prediction_type = prediction_type or (inferred.prediction_type if inferred else None)
-        if prediction_type is None:
+        if scheduler is not None:
+            inferred = process_of(scheduler)
+        elif prediction_type is not None:
+            inferred = Process(make_interpolant("linear"), prediction_type, FlowTimes())
+        else:
             raise ValueError("prediction_type must be given where no scheduler supplies it")
         process = Process(
-            make_interpolant(path) if isinstance(path, str) else path,
-            prediction_type,
-            time_map or (inferred.time_map if inferred else FlowTimes()),
+            make_interpolant(path) if isinstance(path, str) else path or inferred.path,
+            prediction_type or inferred.prediction_type,
+            time_map or inferred.time_map,
         )
         return cls(
-            {"main": model, **(nets or {})}, process, latent_shape=latent_shape, conditioning=conditioning,
-            scheduler=scheduler, decoder=decoder, device=device,
-        )  # fmt: skip
+            {"main": model, **(nets or {})},
+            process,
+            latent_shape=latent_shape,
+            conditioning=conditioning or Conditioning(num_rows=num_samples),
+            scheduler=scheduler,
+            decoder=decoder,
+            device=device,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the main network computes."""
         return _dtype(self.nets["main"], torch.float32)
 
-    def timestep(self, t: Time) -> float | Float64:
-        """The network's timestep at canonical time ``t``, float64: a float, or (B,)."""
+    def timestep(self, t: Time) -> Any:
+        """The network's timestep at canonical time ``t``: a float for a scalar, else float64 (B,)."""
         return self.time_map.timestep(_host(t))
 
-    def time(self, timestep: Time) -> float | Float64:
+    def time(self, timestep: Time) -> Any:
         """The canonical time of a network timestep; inverse of :meth:`timestep`."""
         return self.time_map.time(_host(timestep))
 
     def denoise(
         self, x: Tensor, t: Time, cond: Conditioning | None = None, *, net: str = "main", grad: bool = False
     ) -> NativeOutput:
-        """Evaluate a network at x (B, ...), time ``t`` (a float or (B,)), under ``cond`` (default: the bound one).
+        """Evaluate a network at x (B, ...), time ``t`` (a float or (B,)), under ``cond`` or the bound one.
 
-        The state is cast to the network's dtype and the answer back to float32 (float64 if x is). ``grad=True``
-        keeps the graph even under an outer ``no_grad``; the default builds none.
+        The state is cast to the network's dtype and the answer back to float32 (float64 if x is).
+        ``grad=True`` keeps the graph even under an outer ``no_grad``; the default builds none.
 
         Raises ValueError for an unknown net, or where rows of x, t and cond disagree.
         """
         cond = self._checked(x, cond)
-        module = self._network(net)
-        if net == "reference" and "reference" not in self.nets:
-            if grad and getattr(module, "is_gradient_checkpointing", False):
-                raise ValueError(
-                    "net='reference' with grad=True would be recomputed with its adapters on under gradient "
-                    "checkpointing; call disable_gradient_checkpointing(), or give a copy as nets['reference']"
-                )
-            context: Any = adapters_disabled(module)
-        else:
-            context = nullcontext()
-        # x of a float64 oracle stays float64; parameters decide for real networks.
+        module, context = self._network(net, grad)
+        # x of a float64 oracle stays float64; the parameters of a real network decide.
         dtype = _dtype(module, x.dtype)
         timestep = self._timestep_rows(t, x)
         with torch.set_grad_enabled(grad), context:
             answer = self.forward(module, x.to(self.device, dtype), timestep, self._fields(cond, dtype))
+            native = _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
         self.evaluations += x.shape[0]
-        return _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
+        return native
 
     def x0(
         self, x: Tensor, t: Time, cond: Conditioning | None = None, *, net: str = "main", grad: bool = False
     ) -> Tensor:
         """The posterior mean E[x0 | x_t = x] (B, ...) that the network's answer means.
 
-        Raises ValueError for an epsilon (or score) model at zero signal-to-noise ratio, where x0 is not determined.
+        Raises ValueError for an epsilon or score model at zero signal-to-noise ratio, where x0 is undetermined;
+        no evaluation is spent on it.
         """
+        coefficients = self.path.coefficients(_host(t))
+        affine(coefficients, self.prediction_type, "x0")
         output = self.denoise(x, t, cond, net=net, grad=grad).output
         with torch.set_grad_enabled(grad):
-            coefficients = self.path.coefficients(_host(t))
             return convert(output, x.to(output), coefficients, self.prediction_type, "x0")
 
     def decode(self, x: Tensor, *, micro_batch: int = 8, grad: bool = False) -> Tensor:
         """Samples (B, ...) to images (B, C, H, W), float32 in [0, 1], ``micro_batch`` at a time."""
+        decode = self._decoder
+        if decode is None:
+            raise ValueError("this denoiser has no decoder; pass decoder= to Denoiser.from_model")
         if micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch} must be at least 1")
         with torch.set_grad_enabled(grad):
-            return torch.cat([self.images(part.to(self.device)).float() for part in x.split(micro_batch)])
+            return torch.cat([decode(part.to(self.device)).float() for part in x.split(micro_batch)])
 
     def times(self, num_inference_steps: int) -> list[float]:
         """The ascending grid t_0 < ... < t_N that the pipeline's own scheduler would walk in N steps.
 
-        Computed on a copy made from the scheduler's configuration; without a scheduler, N uniform steps in t.
+        Without a scheduler, N uniform steps in t.
         """
-        if isinstance(num_inference_steps, bool) or num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
         if self.scheduler is None:
-            grid = np.linspace(self.time_map.start, 1.0, num_inference_steps + 1)
+            grid = np.linspace(self.time_map.start, 1.0, _checked_steps(num_inference_steps) + 1)
             return [float(t) for t in grid]
+        prepared = self.prepared_scheduler(num_inference_steps)
+        return scheduler_times(prepared, self.time_map, num_inference_steps)
+
+    def prepared_scheduler(self, num_inference_steps: int) -> Any:
+        """A copy of the pipeline's scheduler, made from its configuration, with N timesteps set.
+
+        Raises ValueError without a scheduler.
+        """
+        if self.scheduler is None:
+            raise ValueError("this denoiser has no scheduler; pass scheduler= to Denoiser.from_model")
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        self.set_timesteps(scheduler, num_inference_steps)
-        return scheduler_times(scheduler, self.time_map, num_inference_steps)
+        self.set_timesteps(scheduler, _checked_steps(num_inference_steps))
+        return scheduler
 
     def forward(self, module: Any, x: Tensor, timestep: Tensor, fields: Mapping[str, Any]) -> Tensor:
         """One call of a network: x (B, ...) in its dtype, timestep (B,) float32, the conditioning's fields."""
@@ -207,39 +219,36 @@ class Denoiser:
         answer = getattr(answer, "sample", answer)
         output = answer[0] if isinstance(answer, tuple) else answer
         if not isinstance(output, Tensor):
-            raise TypeError(
-                f"the model returned {type(answer).__name__}; a tensor, tuple or .sample is expected"
-            )
+            raise TypeError(f"the model returned {type(answer).__name__}, not a tensor, tuple or .sample")
         return output
-
-    def images(self, x: Tensor) -> Tensor:
-        """Decode one micro-batch to [0, 1]."""
-        if self._decoder is None:
-            raise ValueError("this denoiser has no decoder; pass decoder= to Denoiser.from_model")
-        return self._decoder(x)
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
         """``scheduler.set_timesteps`` with whatever else the pipeline passes."""
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, device=self.device)
 
-    def _network(self, net: str) -> Any:
+    def _network(self, net: str, grad: bool) -> tuple[Any, Any]:
+        """The module called ``net``, and the context to run it in."""
         if net in self.nets:
-            return self.nets[net]
-        if net == "reference":
-            return self.nets["main"]
-        raise ValueError(f"net={net!r} is unknown; this denoiser has {sorted(self.nets)}; add it to nets")
+            return self.nets[net], nullcontext()
+        if net != "reference":
+            raise ValueError(f"net={net!r} is unknown; this denoiser has {sorted(self.nets)}; add it to nets")
+        module = self.nets["main"]
+        if grad and getattr(module, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "net='reference' with grad=True would be recomputed with its adapters on under gradient "
+                "checkpointing; call disable_gradient_checkpointing(), or put a frozen copy in nets['reference']"
+            )
+        return module, adapters_disabled(module)
 
     def _checked(self, x: Tensor, cond: Conditioning | None) -> Conditioning:
-        cond = cond if cond is not None else self.conditioning
-        if cond is None:
-            cond = Conditioning(num_rows=x.shape[0])
+        cond = self.conditioning if cond is None else cond
         if tuple(x.shape[1:]) != self.latent_shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, self.latent_shape))})"
-            )
+            expected = ", ".join(map(str, self.latent_shape))
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, {expected})")
         if cond.batch_size != x.shape[0]:
             raise ValueError(
-                f"x has {x.shape[0]} rows and the conditioning {cond.batch_size}; use cond.rows(...) or cond.repeat(k)"
+                f"x has {x.shape[0]} rows and the conditioning {cond.batch_size}; "
+                "use cond.rows(...) or cond.repeat(k)"
             )
         return cond
 
@@ -262,6 +271,14 @@ class Denoiser:
         return torch.from_numpy(timestep.astype(np.float32)).to(self.device)
 
 
+def _checked_steps(num_inference_steps: Any) -> int:
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+        raise ValueError(f"num_inference_steps={num_inference_steps!r} must be a whole number")
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    return num_inference_steps
+
+
 def _native(answer: Tensor, x: Tensor) -> NativeOutput:
     """Split a learned-variance answer (twice the channels of x) into output and variance."""
     if answer.shape == x.shape:
@@ -270,12 +287,12 @@ def _native(answer: Tensor, x: Tensor) -> NativeOutput:
         output, variance = answer.chunk(2, dim=1)
         return NativeOutput(output, variance)
     raise ValueError(
-        f"the network answered shape {tuple(answer.shape)} to x of shape {tuple(x.shape)}; the same shape, or twice "
-        "the channels (learned variance), is expected"
+        f"the network answered shape {tuple(answer.shape)} to x of shape {tuple(x.shape)}; the same shape, or "
+        "twice the channels (learned variance), is expected"
     )
 
 
-def _host(t: Time) -> float | Float64:
+def _host(t: Time) -> Any:
     """A scalar time as a float, rows of times as float64 on the host."""
     if isinstance(t, float):
         return t
@@ -286,16 +303,14 @@ def _host(t: Time) -> float | Float64:
 
 
 def _dtype(network: Any, default: torch.dtype) -> torch.dtype:
-    # Diffusers models answer for quantised weights and layerwise casting too.
-    if isinstance(network, nn.Module):
-        own = getattr(network, "dtype", None)
-        if isinstance(own, torch.dtype):
-            return own
-        return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
-    return default
+    if not isinstance(network, nn.Module):
+        return default
+    own = getattr(network, "dtype", None)  # Diffusers models answer for quantisation and layerwise casting
+    if isinstance(own, torch.dtype):
+        return own
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
 
 
 def _device(network: Any) -> torch.device:
-    if isinstance(network, nn.Module):
-        return next((p.device for p in network.parameters()), torch.device("cpu"))
-    return torch.device("cpu")
+    parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))

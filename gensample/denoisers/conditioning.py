@@ -1,7 +1,8 @@
 """What a network is conditioned on, as rows that follow the samples through batching, branching and guidance.
 
-Shapes: B = samples (rows), K = entries of the reference table, ... = the field's own shape (labels: none; prompt
-embeddings: tokens, width).  batched fields (B, ...); null fields (B, ...) or (1, ...); reference table (K, ...).
+Shapes: B = samples (rows), K = entries of the reference table, ... = the field's own shape (labels: none;
+prompt embeddings: tokens, width).  Batched fields (B, ...); null fields (B, ...) or (1, ...); reference table
+(K, ...).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Conditioning:
         return next((value.shape[0] for value in self.references.values()), 0)
 
     def rows(self, index: Rows) -> Conditioning:
-        """The rows picked by a slice, a sequence of ints, an index tensor (long) or a mask (bool), in that order."""
+        """The rows picked, in order, by a slice, a sequence of ints, a long tensor or a mask (bool)."""
         if isinstance(index, slice):
             return self._map_rows(lambda value: value[index], len(range(self.batch_size)[index]))
         picked = torch.as_tensor(index)
@@ -87,7 +88,7 @@ class Conditioning:
         return self._map_rows(lambda value: value[picked.to(value.device)], len(picked))
 
     def repeat(self, k: int) -> Conditioning:
-        """Every row ``k`` times, copies adjacent (``repeat_interleave``): row r becomes rows r k ... r k + k - 1."""
+        """Every row ``k`` times, copies adjacent (``repeat_interleave``): row r becomes rows r k to r k + k - 1."""
         if k < 1:
             raise ValueError(f"k={k} must be at least 1")
         return self._map_rows(lambda value: value.repeat_interleave(k, dim=0), self.batch_size * k)
@@ -99,8 +100,8 @@ class Conditioning:
         """
         if not self.null_fields:
             raise ValueError(
-                "no null branch is bound to this conditioning, so classifier-free guidance has nothing to contrast "
-                "with; pass a negative prompt or null label, or guide with a weak network (autoguidance)"
+                "no null branch is bound to this conditioning, so classifier-free guidance has nothing to "
+                "contrast with; bind one with bind_null, or guide with a weak network (autoguidance)"
             )
         fields = {
             name: value.expand(self.batch_size, *value.shape[1:]) for name, value in self.null_fields.items()
@@ -136,7 +137,7 @@ class Conditioning:
         return replace(self, references=fields)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
-        """On ``device``; floating-point batched, null and reference fields in ``dtype``. Shared values keep theirs."""
+        """Everything on ``device``; floating-point fields in ``dtype``, except the shared ones."""
 
         def move(value: Any) -> Any:
             return value.to(device, dtype if value.is_floating_point() else None)
@@ -180,7 +181,7 @@ class Conditioning:
         return replace(first, batched=batched, null_fields=null_fields, num_rows=num_rows)
 
     def _map_rows(self, pick: Callable[[Tensor], Tensor], num_rows: int) -> Conditioning:
-        """``pick`` applied to every per-row tensor; one-row null fields serve any number of rows as they are."""
+        """``pick`` applied to every per-row tensor; one-row null fields serve any number of rows."""
         if num_rows < 1:
             raise ValueError("the selection is empty; a conditioning has at least one row")
         return replace(
@@ -206,7 +207,8 @@ class Conditioning:
 
         return (
             f"Conditioning(batch_size={self.batch_size}, batched={shapes(self.batched)}, "
-            f"shared={shapes(self.shared)}, null={shapes(self.null_fields)}, references={shapes(self.references)})"
+            f"shared={shapes(self.shared)}, null_fields={shapes(self.null_fields)}, "
+            f"references={shapes(self.references)})"
         )
 
 

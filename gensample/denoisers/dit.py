@@ -14,9 +14,7 @@ from gensample.denoisers.vae import decode_latents, unit_range
 
 
 class DiTPipelineDenoiser(Denoiser):
-    """The transformer of a DiTPipeline and its autoencoder."""
-
-    vae: Any
+    """The transformer answers epsilon (and a variance), or noise - x0 under a flow scheduler."""
 
     def forward(self, module: Any, x: Tensor, timestep: Tensor, fields: Mapping[str, Any]) -> Tensor:
         """DiTTransformer2DModel."""
@@ -25,22 +23,17 @@ class DiTPipelineDenoiser(Denoiser):
         ]
         return output
 
-    def images(self, x: Tensor) -> Tensor:
-        """Latents to images."""
-        return unit_range(decode_latents(self.vae, x))
-
 
 def from_pipeline(pipe: Any, *, class_labels: Labels) -> DiTPipelineDenoiser:
     """One row per label, an index or a name of ``pipe.labels``; the null label is ``num_embeds_ada_norm``."""
     config = pipe.transformer.config
     num_classes = config.num_embeds_ada_norm
-    denoiser = DiTPipelineDenoiser(
+    return DiTPipelineDenoiser(
         {"main": pipe.transformer},
         process_of(pipe.scheduler),
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),
         conditioning=label_conditioning(label_indices(class_labels, num_classes, pipe.labels), num_classes),
         scheduler=pipe.scheduler,
+        decoder=lambda z: unit_range(decode_latents(pipe.vae, z)),
         device=pipe._execution_device,
     )
-    denoiser.vae = pipe.vae
-    return denoiser

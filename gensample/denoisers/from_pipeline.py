@@ -8,8 +8,8 @@ from typing import Any
 
 from gensample.denoisers.base import Denoiser, Network
 
-# Pipeline class -> the module whose from_pipeline adapts it. Classes are matched by name along the MRO, so that
-# nothing is imported (some pipelines need transformers) before such a pipeline exists.
+# Pipeline class -> the module whose from_pipeline adapts it. Classes are matched by name along the MRO, so
+# nothing is imported before such a pipeline exists (some need transformers, an optional package).
 ADAPTERS = {
     "ClassConditionalPipeline": "ours",
     "DDIMPipeline": "unet2d",
@@ -25,18 +25,18 @@ ADAPTERS = {
 def denoiser_from_pipeline(
     pipe: Any, *, nets: Mapping[str, Network] | None = None, **prompt_kwargs: Any
 ) -> Denoiser:
-    """A :class:`Denoiser` over a pipeline's network, with the encoded prompts or labels bound as ``.conditioning``.
+    """A :class:`Denoiser` over a pipeline's network, with prompts or labels encoded and bound.
 
-    The null branch is the encoded negative prompt (empty if none), or the null label. Components are used in place:
-    nothing is copied, moved or changed, and the pipeline's scheduler is only read.
+    The null branch is the encoded negative prompt (empty if none), or the null label. Components are used in
+    place: nothing is copied, moved or changed, and the pipeline's scheduler is only read.
 
     Args:
         pipe: a Diffusers pipeline of a class in ``ADAPTERS``, or a subclass of one.
         nets: further networks by name, such as ``{"weak": smaller_transformer}``.
         **prompt_kwargs: what to condition on, under the pipeline's own argument names:
             ``num_samples`` (DDPM, DDIM), ``class_labels`` (DiT and ours; indices or names), ``prompt``,
-            ``negative_prompt``, ``prompt_embeds``, ``num_images_per_prompt``, ``height``, ``width`` ... (text), and
-            ``reference_prompts``, a bank for ``Conditioning.with_reference``.
+            ``negative_prompt``, ``prompt_embeds``, ``num_images_per_prompt``, ``height``, ``width`` ... (text),
+            and ``reference_prompts``, a list of prompts for ``Conditioning.with_reference``.
 
     Raises:
         TypeError: for a pipeline that has no adapter, or an argument that its adapter does not take.
@@ -49,7 +49,7 @@ def denoiser_from_pipeline(
             denoiser.nets.update(nets or {})
             return denoiser
     raise TypeError(
-        f"{type(pipe).__name__} has no denoiser adapter; supported are {', '.join(sorted(ADAPTERS))}. For another "
-        "model build one from its network: Denoiser.from_model(pipe.transformer, latent_shape=..., "
+        f"{type(pipe).__name__} has no denoiser adapter; supported are {', '.join(sorted(ADAPTERS))}. For "
+        "another model build one from its network: Denoiser.from_model(pipe.transformer, latent_shape=..., "
         "scheduler=pipe.scheduler, conditioning=Conditioning(...), decoder=...)"
     )

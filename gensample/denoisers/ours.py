@@ -22,17 +22,13 @@ class ClassConditionalDenoiser(Denoiser):
         output: Tensor = module(x, timestep, fields["class_labels"], return_dict=False)[0]
         return output
 
-    def images(self, x: Tensor) -> Tensor:
-        """clamp((x + 1) / 2)."""
-        return unit_range(x)
-
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
-        """Uniform noise levels 1 .. 1/N before the scheduler's shift: by default Diffusers' last step moves 0.001."""
+        """Noise levels 1 .. 1/N, then the scheduler's shift; FlowMatchEuler alone would end on a step of 0.001."""
         if is_flow_scheduler(scheduler):
             sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
-            scheduler.set_timesteps(num_inference_steps, sigmas=sigmas)
+            scheduler.set_timesteps(num_inference_steps, sigmas=sigmas, device=self.device)
         else:
-            scheduler.set_timesteps(num_inference_steps)
+            super().set_timesteps(scheduler, num_inference_steps)
 
 
 def from_pipeline(pipe: Any, *, class_labels: Labels) -> ClassConditionalDenoiser:
@@ -47,5 +43,6 @@ def from_pipeline(pipe: Any, *, class_labels: Labels) -> ClassConditionalDenoise
             label_indices(class_labels, config.num_classes, names), config.num_classes
         ),
         scheduler=pipe.scheduler,
+        decoder=unit_range,
         device=pipe._execution_device,
     )

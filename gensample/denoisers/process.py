@@ -2,9 +2,9 @@
 
 Canonical time t runs from 0 (noise) to 1 (data). Networks count the other way:
 
-    flow models       timestep = scale (1 - t), scale 1000 for SD3 and Flux                        (FlowTimes)
-    DDPM schedules    step k has abar_k; on the gvp path t_k = 1 - (2/pi) atan2(sqrt(1 - abar_k), sqrt(abar_k)),
-                      linear between integer steps                                                 (TableTimes)
+    FlowTimes    flow models: timestep = scale (1 - t), scale 1000 for SD3 and Flux
+    TableTimes   DDPM schedules: step k has abar_k and lies on the gvp path at
+                 t_k = 1 - (2/pi) atan2(sqrt(1 - abar_k), sqrt(abar_k)); linear between integer steps
 
 Both maps are float64 on the host; integer steps come back exactly.
 """
@@ -63,7 +63,7 @@ class FlowTimes:
         return 0.0
 
     def timestep(self, t: FloatOrRows) -> FloatOrRows:
-        """scale (1 - t)."""
+        """Scale times (1 - t)."""
         return self.scale * (1.0 - t)
 
     def time(self, timestep: FloatOrRows) -> FloatOrRows:
@@ -101,12 +101,12 @@ class TableTimes:
         """The step at time ``t``, fractional between integer steps."""
         steps = np.arange(len(self.table), dtype=np.float64)
         found = np.interp(t, self.table[::-1], steps[::-1])
-        return float(found) if isinstance(t, float) else found  # type: ignore[return-value]
+        return float(found) if isinstance(t, float) else found
 
     def time(self, timestep: FloatOrRows) -> FloatOrRows:
         """The time of a step, fractional ones included."""
         found = np.interp(timestep, np.arange(len(self.table), dtype=np.float64), self.table)
-        return float(found) if isinstance(timestep, (int, float)) else found  # type: ignore[return-value]
+        return float(found) if isinstance(timestep, (int, float)) else found
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,8 @@ def process_of(scheduler: Any) -> Process:
     """The process that a Diffusers scheduler assumes of its network.
 
     Flow-matching schedulers (and others with ``use_flow_sigmas``) give :func:`flow_process`; our
-    ``StochasticInterpolantScheduler`` its configured path; schedulers over ``alphas_cumprod`` the gvp path with
-    their table. Raises TypeError for anything else, such as EDM-preconditioned ones.
+    ``StochasticInterpolantScheduler`` its configured path; schedulers over ``alphas_cumprod`` the gvp path
+    with their table. Raises TypeError for anything else, such as EDM-preconditioned ones.
     """
     config = scheduler.config
     num_train_timesteps = int(config.get("num_train_timesteps", 1000))
@@ -147,8 +147,8 @@ def process_of(scheduler: Any) -> Process:
         times = TableTimes.from_alphas_cumprod(scheduler.alphas_cumprod.double().cpu().numpy())
         return Process(GVPInterpolant(), config.get("prediction_type", "epsilon"), times)
     raise TypeError(
-        f"{type(scheduler).__name__} fits no process known here: it has neither alphas_cumprod nor flow sigmas; "
-        "give path=, prediction_type= and time_map= to Denoiser.from_model"
+        f"{type(scheduler).__name__} fits no process known here: it has neither alphas_cumprod nor flow "
+        "sigmas; give path=, prediction_type= and time_map= to Denoiser.from_model"
     )
 
 
@@ -167,8 +167,9 @@ def scheduler_times(scheduler: Any, time_map: TimeMap, num_inference_steps: int)
     """The ascending grid [t_0 .. t_N] of a scheduler on which ``set_timesteps`` has been called.
 
     Duplicate and midpoint levels of multi-stage schedulers are left out. The last time is the scheduler's own
-    final level (``final_alpha_cumprod``, ``final_sigmas_type``), or 1 where it would not lie past the last step.
-    Schedulers whose previous step is not the next of the list (DDIM with "linspace" spacing) get consecutive steps.
+    final level (``final_alpha_cumprod``, ``final_sigmas_type``), or 1 where that does not lie past the last
+    step. Schedulers whose previous step is not the next of their list (DDIM with "linspace" spacing) get
+    consecutive steps.
     """
     if is_flow_scheduler(scheduler):
         levels = np.unique(1.0 - scheduler.sigmas.double().cpu().numpy())

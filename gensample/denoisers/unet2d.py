@@ -22,10 +22,6 @@ class UNet2DDenoiser(Denoiser):
         output: Tensor = module(x, timestep, return_dict=False, **fields)[0]
         return output
 
-    def images(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] to [0, 1]."""
-        return unit_range(x)
-
 
 def from_pipeline(pipe: Any, *, num_samples: int = 1, class_labels: Labels | None = None) -> UNet2DDenoiser:
     """``num_samples`` unconditional rows, or one row per label of a UNet with ``num_class_embeds``."""
@@ -46,5 +42,6 @@ def from_pipeline(pipe: Any, *, num_samples: int = 1, class_labels: Labels | Non
         latent_shape=(config.in_channels, height, width),
         conditioning=conditioning,
         scheduler=pipe.scheduler,
+        decoder=unit_range,
         device=pipe._execution_device,
     )

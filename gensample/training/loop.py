@@ -1,0 +1,404 @@
+"""The training loop that pretraining, alignment and distillation share.
+
+One update: B rows of the global batch, split over the processes and then into micro-batches,
+
+    g = mean over the B rows of grad loss,   |g| <= max_grad_norm,   AdamW with rate factor(step),   EMA
+
+All randomness of update s is a function of (seed, s), so interruption, accumulation and the number of processes
+leave the run unchanged up to the order of floating-point sums (bitwise for the same layout).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gensample.training.batches import Batch, BatchSource, Prefetcher, to_device
+from gensample.training.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from gensample.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from gensample.training.ema import ExponentialAverage
+from gensample.training.losses import LossStep
+from gensample.training.record import Recorder
+from gensample.training.validation import Callback
+
+ParameterGroups = Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]]
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many updates in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended: ``finished``, ``time`` (max_seconds) or ``signal``; and the last callback figures."""
+
+    step: int
+    reason: str
+    figures: dict[str, float]
+    seconds: float
+
+
+def decayed_and_plain_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Two AdamW groups: weight decay on tensors of two or more dimensions, none on biases and gains."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class Trainer:
+    """Model, data and settings of one run; :meth:`run` trains.
+
+    Args:
+        model: module in float32; autocast makes the forward pass cheaper, never the weights.
+        loss_step: the loss of a batch (:class:`gensample.training.losses.LossStep`).
+        source: the batches.
+        training, optimizer, schedule: settings.
+        callbacks: called every ``evaluate_every`` steps and at the end.
+        parameter_groups: AdamW groups from the model, each with its peak ``lr`` (default: the config's rate);
+            the schedule multiplies every group's own rate, so ratios between groups (muP) stay.
+        accelerator: default: one built from ``training``.
+        notes: JSON kept in every checkpoint, such as the recipe.
+
+    Raises:
+        ValueError: batch size not divisible by processes x accumulation, or fp16 without an accelerator device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_step: LossStep,
+        source: BatchSource,
+        *,
+        training: TrainingConfig,
+        optimizer: OptimizerConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        callbacks: Sequence[Callback] = (),
+        parameter_groups: ParameterGroups = decayed_and_plain_groups,
+        accelerator: Accelerator | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        self.config = training
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.schedule = schedule or ScheduleConfig()
+        self.accelerator = accelerator or make_accelerator(training)
+        self.model = model.to(self.accelerator.device)
+        self.loss_step, self.source, self.callbacks = loss_step, source, tuple(callbacks)
+        self.notes = notes or {}
+        self.step = 0
+        self.skipped_steps = 0
+        self.figures: dict[str, float] = {}
+        self.seconds = 0.0
+        self._resumed = False
+        self._recorder = Recorder(Path(), active=False, steps=training.steps, resumed_step=0, tensorboard=False)
+        self._bad_in_a_row = 0
+        self._window: list[float] = []
+        self._micro_rows = self._slices()
+        self._optimizer = self._make_optimizer(parameter_groups)
+        self.ema = ExponentialAverage(self.model, training.ema_decays)
+        prepared = self.accelerator.prepare_model(self.model)
+        self._reducing = prepared
+        self._forward = torch.compile(prepared) if training.compile else prepared
+
+    # setting up
+
+    def _slices(self) -> list[slice]:
+        accelerator, config = self.accelerator, self.config
+        parts = accelerator.num_processes * config.accumulation
+        if config.batch_size % parts:
+            raise ValueError(
+                f"batch_size={config.batch_size} is not a multiple of {accelerator.num_processes} processes x "
+                f"accumulation={config.accumulation}"
+            )
+        size = config.batch_size // parts
+        first = accelerator.process_index * config.accumulation
+        return [slice((first + i) * size, (first + i + 1) * size) for i in range(config.accumulation)]
+
+    def _make_optimizer(self, parameter_groups: ParameterGroups) -> Any:
+        config = self.optimizer_config
+        groups = parameter_groups(self.model, config)
+        for group in groups:
+            group.setdefault("lr", config.learning_rate)
+            group["peak_lr"] = group["lr"]
+        adamw = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
+        return self.accelerator.prepare_optimizer(adamw)
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        """Where this run's checkpoints lie."""
+        return Path(self.config.output_dir) / "checkpoints"
+
+    # running
+
+    def run(self) -> TrainingResult:
+        """Train to ``steps``, or until ``max_seconds`` or a signal, from where ``resume`` says.
+
+        Raises:
+            CheckpointError, ValueError: nothing sound to resume from, or a folder that is in use.
+            TrainingDiverged: ``max_bad_steps`` updates in a row were not finite; the last checkpoint stands.
+        """
+        self.resume()
+        started = time.monotonic()
+        self._recorder = Recorder(
+            Path(self.config.output_dir),
+            active=self.accelerator.is_main_process,
+            steps=self.config.steps,
+            resumed_step=self.step,
+            tensorboard=self.config.tensorboard,
+        )
+        earlier = self.seconds
+        reason = "finished"
+        with contextlib.closing(self._recorder), _stop_on_signal() as signalled, self._prefetched() as batches:
+            for step, micro_batches in batches:
+                elapsed = time.monotonic() - started
+                self.seconds = earlier + elapsed
+                late = self.config.max_seconds is not None and elapsed >= self.config.max_seconds
+                why = self._agree_to_stop(signalled.is_set(), late)
+                if why is not None:
+                    reason = why
+                    break
+                self._update(step, micro_batches)
+                self.step = step + 1
+                self.seconds = earlier + time.monotonic() - started
+                self._after()
+            if reason != "finished":
+                self.save()
+                self._recorder.say(f"stopped ({reason}) after step {self.step} of {self.config.steps}; checkpoint written")
+        return TrainingResult(self.step, reason, self.figures, self.seconds)
+
+    def estimate(self, updates: int = 10) -> float:
+        """Seconds that all ``steps`` would take, from the median of some updates (the model is spoilt by them)."""
+        times: list[float] = []
+        for step in range(updates + 3):  # the first ones compile, and fill caches
+            started = time.monotonic()
+            self._update(step, [self.source.batch(step, rows) for rows in self._micro_rows])
+            times.append(time.monotonic() - started)
+        return sorted(times[3:])[updates // 2] * self.config.steps
+
+    @contextlib.contextmanager
+    def _prefetched(self) -> Iterator[Prefetcher]:
+        ahead = Prefetcher(
+            self.source,
+            self._micro_rows,
+            range(self.step, self.config.steps),
+            depth=self.config.prefetch,
+            pin=self.accelerator.device.type == "cuda",
+        )
+        try:
+            yield ahead
+        finally:
+            ahead.close()
+
+    def _agree_to_stop(self, signalled: bool, late: bool) -> str | None:
+        """The same answer on every process, whichever of them was signalled or has the slower clock."""
+        if self.accelerator.num_processes > 1:
+            flags = torch.tensor([float(signalled), float(late)], device=self.accelerator.device)
+            signalled, late = (value > 0 for value in self.accelerator.reduce(flags, "sum").tolist())
+        return "signal" if signalled else "time" if late else None
+
+    def _update(self, step: int, micro_batches: list[Batch]) -> None:
+        """One optimiser step, or none when the loss or the gradient is not finite."""
+        self.model.train()
+        factor = self.schedule.factor(step, self.config.steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        loss = self._accumulate_gradients(micro_batches)
+        limit = self.optimizer_config.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        loss_value, norm_value = torch.stack([loss, norm.float()]).tolist()  # the one wait for the device
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite:
+            self._optimizer.step()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # an overflow lowers the scale
+        self._optimizer.zero_grad()
+        self._count_bad(step, finite, loss_value, norm_value)
+        if finite:
+            self.ema.update()
+            self._window.append(loss_value)
+        if (step + 1) % self.config.log_every == 0:
+            self._log(step + 1, norm_value, factor)
+
+    def _accumulate_gradients(self, micro_batches: list[Batch]) -> Tensor:
+        """Gradients of the mean loss over the global batch; returns that mean, (), float32."""
+        total = torch.zeros((), device=self.accelerator.device)
+        for i, host_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self._reducing):
+                batch = to_device(host_batch, self.accelerator.device)
+                loss = self.loss_step(self._forward, batch).loss.mean() / len(micro_batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return self.accelerator.reduce(total, "mean")
+
+    def _count_bad(self, step: int, finite: bool, loss: float, norm: float) -> None:
+        if finite:
+            self._bad_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        self._bad_in_a_row += 1
+        self._recorder.say(f"step {step + 1}: loss {loss:g}, gradient norm {norm:g}: update skipped")
+        if self._bad_in_a_row >= self.config.max_bad_steps:
+            raise TrainingDiverged(
+                f"{self._bad_in_a_row} updates in a row up to step {step + 1} had a loss or gradient that is not "
+                f"finite (last: loss {loss:g}, gradient norm {norm:g}); lower optimizer.learning_rate or use "
+                "mixed_precision bf16, and resume from the last checkpoint"
+            )
+
+    def _log(self, step: int, norm: float, factor: float) -> None:
+        window, self._window = self._window, []
+        self._recorder.write(
+            step,
+            {
+                **({"loss": math.fsum(window) / len(window)} if window else {}),
+                "gradient_norm": norm,
+                "learning_rate_factor": factor,
+                "skipped_steps": self.skipped_steps,
+                "seconds": round(self.seconds, 3),
+            },
+        )
+
+    def _after(self) -> None:
+        """Callbacks and checkpoints that fall due after ``self.step``."""
+        self._recorder.advance()
+        final = self.step == self.config.steps
+        if self.callbacks and (final or self.step % self.config.evaluate_every == 0):
+            self.figures = {}
+            for callback in self.callbacks:
+                self.figures.update(callback(self, self.step))
+            self._recorder.write(self.step, self.figures)
+            self._recorder.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items()))
+        if final or self.step % self.config.checkpoint_every == 0:
+            self.save()
+
+    def close(self) -> None:
+        """Leave the process group, if there is one; call it once, at the very end."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    # checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step (main process; the others wait)."""
+        if self.accelerator.is_main_process:
+            tensors: dict[str, dict[str, Tensor]] = {
+                "model": self.model.state_dict(),
+                "optimizer": optimizer_tensors(self.model, self._optimizer.optimizer),
+            }
+            tensors |= {f"ema-{d:g}": self.ema.state_dict(d) for d in self.ema.decays}
+            save_checkpoint(
+                self.checkpoint_folder,
+                Checkpoint(self.step, tensors, self._state()),
+                keep=self.config.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "seed": self.config.seed,
+            "ema_updates": self.ema.updates,
+            "skipped_steps": self.skipped_steps,
+            "bad_in_a_row": self._bad_in_a_row,
+            "loss_window": self._window,
+            "figures": self.figures,
+            "seconds": self.seconds,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "training": dataclasses.asdict(self.config),
+            "notes": self.notes,
+        }
+
+    def resume(self) -> None:
+        """Take up the checkpoint that ``training.resume`` names, once; :meth:`run` does it if nobody has."""
+        if self._resumed:
+            return
+        self._resumed = True
+        if self.config.resume == "never":
+            if list_checkpoints(self.checkpoint_folder):
+                raise ValueError(
+                    f"{self.checkpoint_folder} holds checkpoints of an earlier run: continue it with "
+                    "--training.resume auto, or give another --training.output_dir"
+                )
+            return
+        if self.config.resume == "auto":
+            checkpoint = load_newest(self.checkpoint_folder)
+        else:
+            checkpoint = load_checkpoint(Path(self.config.resume))
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        for name in ("seed", "batch_size"):
+            if state["training"][name] != getattr(self.config, name):
+                raise ValueError(
+                    f"the checkpoint was trained with {name}={state['training'][name]}, this run asks for "
+                    f"{getattr(self.config, name)}: keep it, or start in another output_dir"
+                )
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        load_optimizer_tensors(self.model, self._optimizer.optimizer, checkpoint.tensors["optimizer"])
+        for decay in self.ema.decays:
+            # A decay that is new to this run starts from the weights.
+            name = f"ema-{decay:g}"
+            self.ema.load(decay, checkpoint.tensors.get(name, checkpoint.tensors["model"]))
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.ema.updates = int(state["step"]), int(state["ema_updates"])
+        self.skipped_steps, self._bad_in_a_row = int(state["skipped_steps"]), int(state["bad_in_a_row"])
+        self._window, self.figures = list(state["loss_window"]), dict(state["figures"])
+        self.seconds = float(state["seconds"])
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """The accelerator of a run: device and mixed precision of ``config``."""
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.mixed_precision == "fp16" and cpu:
+        raise ValueError("mixed_precision=fp16 needs a CUDA device: use bf16 or no on a CPU")
+    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event set by the first SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

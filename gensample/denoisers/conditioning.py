@@ -17,7 +17,7 @@ from torch import Tensor
 Rows = slice | Sequence[int] | Tensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Conditioning:
     """The conditioning of a batch. Immutable: every method returns a new one.
 
@@ -74,7 +74,7 @@ class Conditioning:
         """The rows picked, in order, by a slice, a sequence of ints, a long tensor or a mask (bool)."""
         if isinstance(index, slice):
             return self._map_rows(lambda value: value[index], len(range(self.batch_size)[index]))
-        picked = torch.as_tensor(index)
+        picked = index if isinstance(index, Tensor) else torch.tensor(index, dtype=torch.long)
         if picked.dtype == torch.bool:
             if picked.shape != (self.batch_size,):
                 raise ValueError(
@@ -213,9 +213,11 @@ class Conditioning:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and a.device == b.device and bool(torch.equal(a, b)))
-    return a is b or bool(a == b)
+    if a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor)):
+        return a is b or bool(a == b)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
 def _cat_field(name: str, values: Sequence[Tensor]) -> Tensor:

@@ -75,8 +75,19 @@ class FeatureStatistics:
             raise ValueError("mean or covariance holds non-finite values")
         if n is not None and n < 2:
             raise ValueError(f"n must be at least 2; got {n}")
+        if n is not None:
+            return cls.from_scatter(mu, sigma * (n - 1), n, metadata=metadata)
         out = cls(mu.numel(), metadata=metadata)
-        out.n, out._shift, out._outer = n, mu.clone(), sigma * (1 if n is None else n - 1)
+        out.n, out._shift, out._outer = None, mu.clone(), sigma.clone()
+        return out
+
+    @classmethod
+    def from_scatter(
+        cls, mean: Tensor, scatter: Tensor, n: int, *, metadata: dict[str, Any] | None = None
+    ) -> FeatureStatistics:
+        """Return statistics of n >= 0 samples with this mean (D,) and scatter about it (D, D), float64."""
+        out = cls(mean.numel(), metadata=metadata)
+        out.n, out._shift, out._outer = n, mean.double().clone(), scatter.double().clone()
         return out
 
     def update(self, features: ArrayLike) -> FeatureStatistics:
@@ -214,8 +225,9 @@ def merge_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
     widths = {part.num_features for part in ordered}
     if len(widths) != 1:
         raise ValueError(f"cannot merge statistics of different widths {sorted(widths)}")
-    out = FeatureStatistics(widths.pop(), metadata=ordered[-1].metadata)
-    n, mean, scatter = 0, out._shift, out._outer
+    width = widths.pop()
+    n, mean = 0, torch.zeros(width, dtype=torch.float64)
+    scatter = torch.zeros(width, width, dtype=torch.float64)
     for part in ordered:
         m = part._known_count()
         if m == 0:
@@ -224,5 +236,4 @@ def merge_statistics(parts: Iterable[FeatureStatistics]) -> FeatureStatistics:
         scatter = scatter + part.scatter + torch.outer(delta, delta) * (n * m / (n + m))
         mean = mean + delta * (m / (n + m))
         n += m
-    out.n, out._shift, out._outer = n, mean, scatter
-    return out
+    return FeatureStatistics.from_scatter(mean, scatter, n, metadata=ordered[-1].metadata)

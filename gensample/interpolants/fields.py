@@ -37,8 +37,11 @@ def affine(c: Coefficients, prediction_type: str, field: str) -> tuple[Scalar, S
     is beta noise - alpha x0 (Salimans & Ho, arXiv 2202.00512) on unit-norm paths.
 
     Raises ValueError where the field is not determined by the output: x0 from ``epsilon`` or ``score`` at
-    beta = 0 (pure noise), noise from ``sample`` and the score of anything at alpha = 0 (clean data).
+    beta = 0 (pure noise), noise from ``sample`` and the score of anything at alpha = 0 (clean data), and
+    whatever needs alpha' where it is infinite (the vp path at t = 1).
     """
+    if (field == "velocity") != (prediction_type in ("velocity", "flow_prediction")):
+        require_finite_slope(c)
     p1, q1 = _x0_or_noise(c, prediction_type, "x0") if field in ("x0", "velocity") else (0.0, 0.0)
     if field == "x0":
         return p1, q1
@@ -65,24 +68,44 @@ def convert(output: Tensor, x: Tensor, c: Coefficients, prediction_type: str, fi
 
 
 def axpby(a: Scalar, x: Tensor, b: Scalar, y: Tensor) -> Tensor:
-    """a x + b y with float64 host scalars, or one pair per row; terms with a zero scalar are left out, so a
-    non-finite ``y`` of weight zero cannot poison the result."""
+    """a x + b y with float64 host scalars, or one pair per row, in the wider dtype of x and y.
+
+    A ``y`` of weight zero is left out, so that it may be non-finite there.
+    """
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = x.to(dtype), y.to(dtype)
     if isinstance(a, float) and isinstance(b, float):
-        if a == 0.0:
-            return b * y if b != 1.0 else y.clone()
         if b == 0.0:
             return a * x if a != 1.0 else x.clone()
+        if a == 0.0:
+            return b * y if b != 1.0 else y.clone()
         # Two roundings, not one fused multiply-add: bit-equal to Diffusers' `sample + dt * model_output`.
         return (x if a == 1.0 else a * x) + b * y
-    return per_row(a, x) * x + per_row(b, x) * y
+    weight = per_row(b, y)
+    term = weight * y
+    if isinstance(weight, Tensor) and np.any(np.asarray(b) == 0.0):
+        term = torch.where(weight == 0.0, torch.zeros_like(term), term)
+    return per_row(a, x) * x + term
 
 
 def per_row(value: Scalar, like: Tensor) -> Tensor | float:
-    """A float unchanged; an array (B,) as a tensor (B, 1, ...) with the dtype and device of ``like``."""
+    """A float unchanged; an array (B,) as a tensor (B, 1, ...) with the dtype and device of ``like`` (B, ...)."""
     if isinstance(value, float):
         return value
     row = torch.as_tensor(np.asarray(value), dtype=like.dtype).to(like.device)
+    if row.ndim == 1 and len(row) != len(like):
+        raise ValueError(
+            f"{len(row)} coefficients for {len(like)} rows; give one time per row, or one for all"
+        )
     return row.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def require_finite_slope(c: Coefficients) -> None:
+    """Raise ValueError where alpha' is infinite, so that no velocity exists."""
+    if not np.all(np.isfinite(c.d_alpha)):
+        raise ValueError(
+            "alpha' is infinite at t=1 on this path (vp), so it has no velocity; use times below 1"
+        )
 
 
 def _x0_or_noise(c: Coefficients, prediction_type: str, field: str) -> tuple[Scalar, Scalar]:

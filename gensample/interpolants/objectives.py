@@ -9,6 +9,7 @@ Source: Albergo et al., arXiv 2303.08797, equations 2.13-2.19 (square losses); E
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gensample.interpolants.fields import PREDICTION_TYPES, axpby
+from gensample.interpolants.fields import PREDICTION_TYPES, axpby, require_finite_slope
 from gensample.interpolants.paths import Coefficients, Float64, Interpolant
 
 TimeLaw = Literal["uniform", "logit_normal"]
@@ -25,23 +26,29 @@ TimeLaw = Literal["uniform", "logit_normal"]
 def sample_times(
     law: str, variates: Float64, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
 ) -> Float64:
-    """Training times (B,) in (0, 1).
+    """Training times (B,) in [0, 1).
 
     ``variates`` are uniform on [0, 1) for ``uniform`` and standard normal for ``logit_normal``, where
     sigma = 1 - t = sigmoid(mean + std z).  ``shift`` > 1 moves mass to high noise as SD3 does:
     sigma -> shift sigma / (1 + (shift - 1) sigma).
+
+    Raises ValueError for an unknown law, a shift or std that is not positive, or variates not of the law.
     """
-    if shift <= 0:
-        raise ValueError(f"shift={shift} must be positive (1 leaves the law unchanged)")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} must be positive and finite (1 leaves the law unchanged)")
     variates = np.asarray(variates, dtype=np.float64)
     if law == "uniform":
-        sigma = 1.0 - variates
+        if not np.all((variates >= 0) & (variates <= 1)):
+            raise ValueError(f"variates={variates} of law='uniform' must lie in [0, 1)")
+        times = variates
     elif law == "logit_normal":
-        sigma = 1.0 / (1.0 + np.exp(-(mean + std * variates)))
+        if not (math.isfinite(mean) and 0 < std < math.inf and np.all(np.isfinite(variates))):
+            raise ValueError(f"mean={mean}, std={std} and the variates must be finite, and std positive")
+        times = np.exp(-np.logaddexp(0.0, mean + std * variates))  # 1 - sigmoid, without cancellation
     else:
         raise ValueError(f"law={law!r} is unknown; use 'uniform' or 'logit_normal'")
-    times: Float64 = 1.0 - shift * sigma / (1.0 + (shift - 1.0) * sigma)
-    return times
+    shifted: Float64 = times / (times + shift * (1.0 - times))
+    return shifted
 
 
 def interpolate(path: Interpolant, x0: Tensor, noise: Tensor, t: Float64) -> Tensor:
@@ -72,12 +79,14 @@ def interpolation_loss(
     """Per-sample mean squared error (B,) in float32 between ``predict(x_t, t)`` and its target."""
     x_t = interpolate(path, x0, noise, t)
     error = predict(x_t, t).float() - target(path, prediction_type, x0, noise, t).float()
-    return error.square().flatten(1).mean(dim=1)
+    return error.square().reshape(len(error), -1).mean(dim=1)
 
 
 def _target_weights(c: Coefficients, prediction_type: str) -> tuple[Float64, Float64]:
     """Weights of (noise, x0) in the target."""
     alpha, beta = np.asarray(c.alpha), np.asarray(c.beta)
+    if prediction_type in ("velocity", "flow_prediction"):
+        require_finite_slope(c)
     if prediction_type == "velocity":
         return np.asarray(c.d_alpha), np.asarray(c.d_beta)
     if prediction_type == "flow_prediction":

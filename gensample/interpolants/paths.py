@@ -13,7 +13,7 @@ Sources: Albergo et al., "Stochastic Interpolants" (arXiv 2303.08797), section 4
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -86,12 +86,20 @@ class VPInterpolant:
     """The continuous variance-preserving path with linear beta(s) from ``beta_min`` to ``beta_max``.
 
     At t = 0 it keeps beta = exp(-(beta_min + beta_max)/4) (6.6e-3 for the defaults) of the data, so a sampler
-    that starts from pure noise makes an error of that size, as every DDPM does.
+    that starts from pure noise makes an error of that size, as every DDPM does.  At t = 1 alpha' is -inf.
+
+    Raises ValueError unless 0 < beta_min <= beta_max.
     """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
     name = "vp"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.beta_min <= self.beta_max < np.inf:
+            raise ValueError(
+                f"beta_min={self.beta_min}, beta_max={self.beta_max} must be finite with 0 < beta_min <= beta_max"
+            )
 
     def coefficients(self, t: Scalar) -> Coefficients:
         t = _checked_time(t)
@@ -106,10 +114,13 @@ class VPInterpolant:
 
 
 def make_interpolant(name: str, **options: float) -> Interpolant:
-    """The path called ``name``: "linear", "gvp" or "vp" (with ``beta_min``, ``beta_max``)."""
+    """The path called ``name``: "linear", "gvp" or "vp" (with ``beta_min``, ``beta_max``); else ValueError."""
     kinds: dict[str, type] = {"linear": LinearInterpolant, "gvp": GVPInterpolant, "vp": VPInterpolant}
     if name not in kinds:
         raise ValueError(f"path={name!r} is unknown; use one of {sorted(kinds)}")
+    allowed = {f.name for f in fields(kinds[name])}
+    if not options.keys() <= allowed:
+        raise ValueError(f"options {sorted(options)} of path={name!r}: it takes {sorted(allowed) or 'none'}")
     path: Interpolant = kinds[name](**options)
     return path
 
@@ -126,8 +137,8 @@ def gvp_time(alphas_cumprod: Float64) -> Float64:
     this table from its integer steps to t.
     """
     abar = np.asarray(alphas_cumprod, dtype=np.float64)
-    if np.any(abar < 0) or np.any(abar > 1):
-        raise ValueError("alphas_cumprod must lie in [0, 1]")
+    if not np.all((abar >= 0) & (abar <= 1)):
+        raise ValueError(f"alphas_cumprod={alphas_cumprod} must lie in [0, 1]")
     return 1.0 - (2.0 / np.pi) * np.arctan2(np.sqrt(1.0 - abar), np.sqrt(abar))
 
 

@@ -5,7 +5,8 @@ Shapes: K = components, D = dimensions, B = rows; x: (B, D) or (B, ...) with D =
 With x0 ~ sum_k w_k N(m_k, C_k) and x_t = alpha noise + beta x0,
 
     x_t ~ sum_k w_k N(beta m_k, S_k),   S_k = beta^2 C_k + alpha^2 I,   r_k(x) = posterior of component k,
-    E[x0 | x_t]  = sum_k r_k (m_k + beta C_k S_k^-1 (x - beta m_k)),   E[noise | x_t] = sum_k r_k alpha S_k^-1 (x - beta m_k),
+    E[x0 | x_t]    = sum_k r_k (m_k + beta C_k S_k^-1 (x - beta m_k)),
+    E[noise | x_t] = sum_k r_k alpha S_k^-1 (x - beta m_k),
 
 after Albergo et al., arXiv 2303.08797, appendix A, with log-sum-exp responsibilities.  For s > t the reversal
 p(x_s | x_t) is a mixture too (:meth:`GaussianMixture.reversal`), which makes exact samplers and exact soft values.
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gensample.interpolants.fields import affine
+from gensample.interpolants.fields import FIELDS, affine, require_finite_slope
 from gensample.interpolants.paths import Interpolant
 from gensample.noise import NoiseStream
 
@@ -51,18 +52,20 @@ class GaussianMixture:
                 f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)} and covariances "
                 f"{tuple(self.covariances.shape)} must be (K,), (K, D), (K, D, D)"
             )
-        if bool((self.weights <= 0).any()) or abs(float(self.weights.sum()) - 1.0) > 1e-12:
-            raise ValueError("weights must be positive and sum to 1")
+        if {self.weights.dtype, self.means.dtype, self.covariances.dtype} != {torch.float64}:
+            raise ValueError("weights, means and covariances must be float64; convert them with .double()")
+        if not (bool((self.weights > 0).all()) and abs(float(self.weights.sum()) - 1.0) <= 1e-12):
+            raise ValueError(f"weights={self.weights.tolist()} must be positive and sum to 1")
 
     def sample(self, rng: np.random.Generator, n: int) -> Tensor:
-        """n exact draws (n, D)."""
+        """Draw n exact samples (n, D)."""
         which = torch.from_numpy(rng.choice(len(self.weights), size=n, p=self.weights.numpy()))
         z = torch.from_numpy(rng.standard_normal((n, self.means.shape[1])))
         roots = torch.linalg.cholesky(self.covariances)
         return self.means[which] + (roots[which] @ z[..., None])[..., 0]
 
     def log_density(self, x: Tensor, path: Interpolant, t: float) -> Tensor:
-        """log p_t(x), (B,)."""
+        """The log density log p_t(x), (B,)."""
         return self._log_joint(x, path, t)[0].logsumexp(dim=1)
 
     def responsibilities(self, x: Tensor, path: Interpolant, t: float) -> Tensor:
@@ -71,26 +74,30 @@ class GaussianMixture:
 
     def moments(self, path: Interpolant, t: float) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t."""
-        c = path.coefficients(t)
+        alpha, beta = _alpha_beta(path, t)
         mean = self.weights @ self.means
         centred = self.means - mean
         within = (self.weights[:, None, None] * self.covariances).sum(0)
         between = (self.weights[:, None] * centred).T @ centred
         eye = torch.eye(len(mean), dtype=torch.float64)
-        return c.beta * mean, c.beta**2 * (within + between) + c.alpha**2 * eye
+        return beta * mean, beta**2 * (within + between) + alpha**2 * eye
 
     def field(self, x: Tensor, path: Interpolant, t: float, field: str) -> Tensor:
         """The exact field "x0", "noise", "velocity" or "score" at x, with the shape and dtype of x."""
+        if field not in FIELDS:
+            raise ValueError(f"field={field!r} is unknown; use one of {FIELDS}")
         c = path.coefficients(t)
         log_joint, solved = self._log_joint(x, path, t)
         r = log_joint.softmax(dim=1)
         to_x0 = torch.einsum("kde,bke->bkd", self.covariances, solved)
-        x0 = (r[..., None] * (self.means + c.beta * to_x0)).sum(1)
+        x0 = (r[..., None] * (self.means + float(c.beta) * to_x0)).sum(1)
         score = -(r[..., None] * solved).sum(1)
-        noise = -c.alpha * score
+        noise = -float(c.alpha) * score
         values = {"x0": x0, "noise": noise, "score": score}
-        value = c.d_alpha * noise + c.d_beta * x0 if field == "velocity" else values[field]
-        return value.reshape(x.shape).to(x.dtype)
+        if field == "velocity":
+            require_finite_slope(c)
+            values["velocity"] = float(c.d_alpha) * noise + float(c.d_beta) * x0
+        return values[field].reshape(x.shape).to(x.dtype)
 
     def output(self, x: Tensor, path: Interpolant, t: float, prediction_type: str) -> Tensor:
         """What a perfect network of ``prediction_type`` would output at (x, t)."""
@@ -101,7 +108,7 @@ class GaussianMixture:
         c = path.coefficients(t)
         field = "x0" if c.alpha >= c.beta else "noise"
         p, q = affine(c, prediction_type, field)
-        return (self.field(x, path, t, field) - p * x) / q
+        return (self.field(x, path, t, field) - float(p) * x) / float(q)
 
     def reversal(self, x: Tensor, path: Interpolant, t: float, s: float) -> MixtureTransition:
         """The exact law of x_s given x_t = x for t < s <= 1; isotropic components only.
@@ -115,23 +122,24 @@ class GaussianMixture:
         eye = torch.eye(self.means.shape[1], dtype=torch.float64)
         if not torch.equal(self.covariances, variance[:, None, None] * eye):
             raise ValueError("the exact reversal needs isotropic components; use GaussianMixture.isotropic")
-        ct, cs = path.coefficients(t), path.coefficients(s)
-        v = cs.beta**2 * variance + cs.alpha**2
-        c = ct.beta / cs.beta
-        tau = ct.alpha**2 - c**2 * cs.alpha**2
+        (alpha_t, beta_t), (alpha_s, beta_s) = _alpha_beta(path, t), _alpha_beta(path, s)
+        v = beta_s**2 * variance + alpha_s**2
+        c = beta_t / beta_s
+        tau = alpha_t**2 - c**2 * alpha_s**2
         p = 1.0 / (1.0 / v + c**2 / tau)
         flat = x.reshape(x.shape[0], 1, -1).double()
-        means = p[:, None] * (cs.beta * self.means / v[:, None] + c * flat / tau)
-        return MixtureTransition(self.responsibilities(x, path, t).log(), means, p, tuple(x.shape[1:]))
+        means = p[:, None] * (beta_s * self.means / v[:, None] + c * flat / tau)
+        log_weights = self._log_joint(x, path, t)[0].log_softmax(dim=1)
+        return MixtureTransition(log_weights, means, p, tuple(x.shape[1:]))
 
     def _log_joint(self, x: Tensor, path: Interpolant, t: float) -> tuple[Tensor, Tensor]:
-        """log w_k N(x; beta m_k, S_k) as (B, K), and S_k^-1 (x - beta m_k) as (B, K, D)."""
-        c = path.coefficients(t)
+        """The terms log w_k N(x; beta m_k, S_k) as (B, K), and S_k^-1 (x - beta m_k) as (B, K, D)."""
+        alpha, beta = _alpha_beta(path, t)
         d = self.means.shape[1]
         flat = x.reshape(x.shape[0], -1).double()
-        covariance = c.beta**2 * self.covariances + c.alpha**2 * torch.eye(d, dtype=torch.float64)
+        covariance = beta**2 * self.covariances + alpha**2 * torch.eye(d, dtype=torch.float64)
         root = torch.linalg.cholesky(covariance)
-        centred = flat[:, None, :] - c.beta * self.means
+        centred = flat[:, None, :] - beta * self.means
         solved = torch.cholesky_solve(centred.permute(1, 2, 0), root).permute(2, 0, 1)
         log_det = 2.0 * root.diagonal(dim1=1, dim2=2).log().sum(1)
         quadratic = (centred * solved).sum(-1)
@@ -158,20 +166,27 @@ class MixtureTransition:
         return keys.normal((self.means.shape[-1] + 1,), path=path, purpose=purpose)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """x' (B, *shape) from standard normal ``noise`` (B, D + 1)."""
+        """Draw x' (B, *shape) from standard normal ``noise`` (B, D + 1)."""
         uniform = torch.special.ndtr(noise[:, :1].double())
         k = (uniform > self.log_weights.exp().cumsum(1)).sum(1).clamp(max=len(self.variances) - 1)
         mean = self.means[torch.arange(len(k)), k]
         return (mean + self.variances[k].sqrt()[:, None] * noise[:, 1:]).reshape(-1, *self.shape)
 
     def log_prob(self, x: Tensor, *, reduction: str = "sum") -> Tensor:
-        """log density of x (B, *shape) as (B,); ``reduction="mean"`` divides by D."""
+        """The log density of x (B, *shape) as (B,); ``reduction="mean"`` divides by D."""
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction!r} is unknown; use 'sum' or 'mean'")
         flat = x.reshape(x.shape[0], 1, -1).double()
         d = flat.shape[-1]
         squares = (flat - self.means).square().sum(-1) / self.variances
         log_norm = d * (math.log(2 * math.pi) + self.variances.log())
         total = (self.log_weights - 0.5 * (squares + log_norm)).logsumexp(1)
         return total / d if reduction == "mean" else total
+
+
+def _alpha_beta(path: Interpolant, t: float) -> tuple[float, float]:
+    c = path.coefficients(t)
+    return float(c.alpha), float(c.beta)
 
 
 def linear_chain_moments(

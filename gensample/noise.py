@@ -12,6 +12,7 @@ collide at a million tree nodes.)  Salmon et al., "Parallel random numbers: as e
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,19 +89,23 @@ class NoiseStream:
         return len(self.samples)
 
     def select(self, rows: Sequence[int] | slice) -> NoiseStream:
-        """The streams of some rows, for micro-batches and compaction."""
-        picked = range(len(self))[rows] if isinstance(rows, slice) else rows
+        """The streams of some rows (indices, not a mask), for micro-batches and compaction."""
+        picked = range(len(self))[rows] if isinstance(rows, slice) else [_index(r) for r in rows]
         return NoiseStream(tuple(self.seeds[r] for r in picked), tuple(self.samples[r] for r in picked))
 
     def normal(self, shape: Sequence[int], *, path: Sequence[int] = (), purpose: str = "init") -> Tensor:
         """(B, *shape) float32 on the CPU, one stream per row."""
         out = np.empty((len(self), *shape), dtype=np.float32)
         for row, (seed, sample) in enumerate(zip(self.seeds, self.samples, strict=True)):
-            philox_generator(seed, sample, path, purpose).standard_normal(out=out[row], dtype=np.float32)
+            draw = out[row : row + 1]  # a view even where one sample is a scalar
+            philox_generator(seed, sample, path, purpose).standard_normal(out=draw, dtype=np.float32)
         return torch.from_numpy(out)
 
     def torch_generators(self, *, path: Sequence[int] = (), purpose: str = "torch") -> list[torch.Generator]:
-        """One CPU ``torch.Generator`` per row, for Diffusers schedulers that draw their own noise."""
+        """One CPU ``torch.Generator`` per row, for Diffusers schedulers that draw their own noise.
+
+        Such a generator keeps 32 bits of its seed: enough for the rows of a run, too few for tree nodes.
+        """
         keys = (stream_key(s, i, path, purpose) for s, i in zip(self.seeds, self.samples, strict=True))
         return [torch.Generator().manual_seed(key & (2**63 - 1)) for key in keys]
 
@@ -112,6 +117,12 @@ def _seed_of(generator: int | torch.Generator | None) -> int:
         )  # entropy of the operating system; the global state stays as it is
     if isinstance(generator, torch.Generator):
         return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).item())
-    if isinstance(generator, bool) or not isinstance(generator, int):
+    if isinstance(generator, bool) or not isinstance(generator, (int, np.integer)):
         raise TypeError(f"generator={generator!r}: give an int, a torch.Generator, a list of them, or None")
-    return generator
+    return int(generator)
+
+
+def _index(row: int | Tensor) -> int:
+    if isinstance(row, (bool, np.bool_)) or (isinstance(row, Tensor) and row.dtype == torch.bool):
+        raise TypeError("rows is a boolean mask; give the indices of its true rows")
+    return operator.index(row)

@@ -36,9 +36,12 @@ class GaussianTransition:
     """x' ~ N(mean, std^2 I), or its exponential with ``map="log"``.
 
     mean: (B, ...) float32 or float64; half-precision means are promoted to float32.
-    std: a float, or a tensor that broadcasts against mean (one per row: (B, 1, ...)); 0 makes it deterministic.
+    std: a float, (B,) for one per row, or a tensor that broadcasts against mean; 0 makes it deterministic.
     map: "identity", or "log": then mean and std describe log x' (geometric Brownian motion) and ``log_prob``
         includes the Jacobian -log x'.
+
+    Raises ValueError for an unknown map, a negative or non-finite std (a float; a tensor is checked when it is
+    scored), or a std that does not fit the mean.
     """
 
     mean: Tensor
@@ -50,6 +53,16 @@ class GaussianTransition:
             object.__setattr__(self, "mean", self.mean.float())
         if self.map not in ("identity", "log"):
             raise ValueError(f"map={self.map!r} is unknown; use 'identity' or 'log'")
+        if not isinstance(self.std, Tensor):
+            if not 0 <= self.std < math.inf:
+                raise ValueError(f"std={self.std} must be finite and not negative (0 is deterministic)")
+            return
+        if self.std.ndim == 1 and self.mean.ndim > 1:
+            if len(self.std) not in (1, len(self.mean)):
+                raise ValueError(
+                    f"std has {len(self.std)} entries for {len(self.mean)} rows; give one per row"
+                )
+            object.__setattr__(self, "std", self.std.reshape(-1, *([1] * (self.mean.ndim - 1))))
 
     @property
     def is_deterministic(self) -> bool:
@@ -61,7 +74,7 @@ class GaussianTransition:
         return keys.normal(self.mean.shape[1:], path=path, purpose=purpose).to(self.mean.device)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """mean + std noise (exponentiated under ``map="log"``)."""
+        """Draw mean + std noise (exponentiated under ``map="log"``)."""
         if isinstance(self.std, float) and self.std == 0.0:
             value = self.mean.clone()
         else:
@@ -69,23 +82,29 @@ class GaussianTransition:
         return value.exp() if self.map == "log" else value
 
     def log_prob(self, x: Tensor, *, reduction: Reduction = "sum") -> Tensor:
-        """log p(x' = x), (B,): summed over dimensions, or their mean.
+        """The log density at x (B, ...) as (B,): summed over dimensions, or their mean.
 
-        Raises ValueError if the law is deterministic.
+        Raises ValueError if the law is deterministic in any row, or x has another shape than the mean.
         """
-        if self.is_deterministic:
+        if x.shape != self.mean.shape:
             raise ValueError(
-                "a deterministic transition has no log-probability; use a stochastic solver such as 'exp' "
-                "or 'em' with a positive diffusion scale (the last step is deterministic: do not score it)"
+                f"x has shape {tuple(x.shape)}, the mean {tuple(self.mean.shape)}; they must agree"
             )
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} is unknown; use 'sum' or 'mean'")
         x = x.to(self.mean.dtype)
         value = x.log() if self.map == "log" else x
         std = torch.as_tensor(self.std, dtype=self.mean.dtype, device=self.mean.device)
+        if not (bool((std > 0).all()) if isinstance(self.std, Tensor) else self.std > 0):
+            if self.is_deterministic:
+                raise ValueError(
+                    "a deterministic transition has no log-probability; use a stochastic solver such as 'exp' "
+                    "or 'em' with a positive diffusion scale (the last step is deterministic: do not score it)"
+                )
+            raise ValueError(f"std={self.std} must be positive")
         standard = (value - self.mean) / std
         terms = -0.5 * standard.square() - std.log() - 0.5 * math.log(2.0 * math.pi)
         if self.map == "log":
             terms = terms - value
-        flat = terms.expand_as(self.mean).flatten(1)
+        flat = terms.expand_as(self.mean).reshape(len(self.mean), -1)
         return flat.sum(1) if reduction == "sum" else flat.mean(1)

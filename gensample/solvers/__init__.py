@@ -57,7 +57,12 @@ def make_solver(
     ``euler``, ``ddim`` and ``heun`` integrate the probability-flow ODE and refuse a ``diffusion`` of positive
     scale; ``em``, ``exp`` and ``exp2m`` integrate the SDE with ``diffusion`` (default eps = alpha, which vanishes
     at the data) and become ODE solvers at scale 0.
+
+    Raises ValueError for an unknown name, times that do not rise within [0, 1], or a first time at which
+    ``prediction_type`` does not determine the update (epsilon or score at zero signal).
     """
+    if diffusion is not None and not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion={diffusion!r} must be a Diffusion, such as Diffusion('sigma', 1.0)")
     if name not in SOLVERS:
         raise ValueError(f"solver={name!r} is unknown; use one of {SOLVERS}")
     if name in DETERMINISTIC_SOLVERS:

@@ -9,6 +9,7 @@ Shapes: B = rows, ... = latent shape; x, output, noise: (B, ...).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ def uniform_times(num_inference_steps: int, *, shift: float = 1.0) -> tuple[floa
         raise ValueError(f"num_inference_steps={num_inference_steps!r} must be a whole number")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
-    if not shift > 0:
-        raise ValueError(f"shift={shift} must be positive (1 keeps the grid uniform)")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift={shift} must be positive and finite (1 keeps the grid uniform)")
     sigma = np.linspace(1.0, 0.0, int(num_inference_steps) + 1)
     sigma = shift * sigma / (1.0 + (shift - 1.0) * sigma)
     return tuple(float(1.0 - s) for s in sigma)

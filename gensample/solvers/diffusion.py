@@ -39,7 +39,7 @@ class Diffusion:
             )
 
     def epsilon(self, path: Interpolant, t: float) -> float:
-        """eps(t); infinite for ``sbdm`` at beta = 0."""
+        """The value eps(t); infinite for ``sbdm`` at beta = 0."""
         if self.scale == 0:
             return 0.0
         c = path.coefficients(t)
@@ -47,7 +47,11 @@ class Diffusion:
             return self.scale
         if self.kind == "sigma":
             return self.scale * float(c.alpha)
-        return self.scale * float(c.alpha * c.wronskian / c.beta) if c.beta else math.inf
+        if c.beta == 0:
+            return math.inf
+        # alpha alpha' stays finite where alpha' does not: there alpha^2 + beta^2 = 1.
+        slope = c.alpha * c.d_alpha if np.isfinite(c.d_alpha) else -c.beta * c.d_beta
+        return self.scale * float(c.alpha**2 * c.d_beta / c.beta - slope)
 
     def renoising(self, path: Interpolant, t: float, s: float) -> float:
         """I(t, s) = integral of eps/alpha^2 from t to s > t: over the step the old noise decays by exp(-I).
@@ -60,12 +64,14 @@ class Diffusion:
         if cs.alpha == 0 or (self.kind == "sbdm" and ct.beta == 0):
             return math.inf
         if self.kind == "sbdm":
-            return self.scale * math.log((cs.beta / cs.alpha) / (ct.beta / ct.alpha))
+            return self.scale * math.log(float((cs.beta / cs.alpha) / (ct.beta / ct.alpha)))
         if path.name == "linear":
             if self.kind == "sigma":
-                return self.scale * math.log(ct.alpha / cs.alpha)
-            return self.scale * (1.0 / cs.alpha - 1.0 / ct.alpha)
-        nodes = t + (s - t) * 0.5 * (_NODES + 1.0)
-        alpha = np.asarray(path.coefficients(nodes).alpha)
-        integrand = 1.0 / alpha if self.kind == "sigma" else 1.0 / alpha**2
-        return self.scale * 0.5 * (s - t) * float(_WEIGHTS @ integrand)
+                return self.scale * math.log(float(ct.alpha / cs.alpha))
+            return self.scale * float(1.0 / cs.alpha - 1.0 / ct.alpha)
+        # Gauss-Legendre in log(1 - t), which removes the pole at the data from the interval's neighbourhood.
+        width = math.log((1.0 - t) / (1.0 - s))
+        remaining = (1.0 - t) * np.exp(-0.5 * width * (_NODES + 1.0))
+        alpha = np.asarray(path.coefficients(1.0 - remaining).alpha)
+        integrand = remaining / alpha if self.kind == "sigma" else remaining / alpha**2
+        return self.scale * 0.5 * width * float(_WEIGHTS @ integrand)

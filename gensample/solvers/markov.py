@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,10 @@ class MarkovSolver(Solver):
         times: Sequence[float],
         diffusion: Diffusion | None = None,
     ) -> None:
+        if name not in get_args(MarkovName):
+            raise ValueError(f"name={name!r} is not a one-stage solver; use one of {get_args(MarkovName)}")
+        if name in ("euler", "ddim") and diffusion is not None and diffusion.scale > 0:
+            raise ValueError(f"solver={name!r} is deterministic; use 'em' or 'exp' with {diffusion}")
         self.name: str = name
         self.path = path
         self.prediction_type = prediction_type
@@ -135,10 +139,11 @@ def _em_row(path: Interpolant, t: float, s: float, prediction_type: str, diffusi
 def _exponential_row(
     path: Interpolant, t: float, s: float, prediction_type: str, diffusion: Diffusion | None
 ) -> Row:
-    """beta' eta_1 + alpha' E eta_z, written with one field wherever that avoids a singular conversion."""
+    """The row of the ``exp`` update, written with one field wherever that avoids a singular conversion."""
     c, n = path.coefficients(t), path.coefficients(s)
-    decay = math.exp(-diffusion.renoising(path, t, s)) if diffusion is not None else 1.0
-    std = n.alpha * math.sqrt(-math.expm1(2.0 * math.log(decay))) if decay > 0 else float(n.alpha)
+    renoising = diffusion.renoising(path, t, s) if diffusion is not None else 0.0
+    decay = math.exp(-renoising)
+    std = n.alpha * math.sqrt(-math.expm1(-2.0 * renoising)) if renoising > 0 else 0.0
     p1, q1 = affine(c, prediction_type, "x0")
     old_noise = n.alpha * decay
     if old_noise == 0:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from gensample.interpolants import Interpolant, affine, axpby, convert
@@ -48,6 +50,7 @@ class HeunSolver(Solver):
         self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
     ) -> tuple[Tensor, SolverState]:
         """First stage of a step: Euler prediction; second stage: trapezoidal correction."""
+        x = x if x.dtype == torch.float64 else x.float()
         step = self.step_of_stage[state.stage]
         h = self.times[step + 1] - self.times[step]
         c = self.path.coefficients(self.stage_times[state.stage])
@@ -92,6 +95,7 @@ class Exponential2MSolver(Solver):
         self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
     ) -> tuple[Tensor, SolverState]:
         """Consume the output of stage ``state.stage``; the state carries x0 of this stage to the next."""
+        x = x if x.dtype == torch.float64 else x.float()
         i = state.stage
         c = self.path.coefficients(self.times[i])
         x0 = convert(output.to(x.dtype), x, c, self.prediction_type, "x0")
@@ -110,9 +114,9 @@ class Exponential2MSolver(Solver):
                 lambdas.append(math.inf if c.alpha == 0 else -math.inf)
             else:
                 lambdas.append(math.log(c.beta / c.alpha))
-        steps = [b - a for a, b in zip(lambdas, lambdas[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(lambdas)]
         weights = [0.0]
-        for previous, current in zip(steps, steps[1:], strict=False):
+        for previous, current in pairwise(steps):
             bounded = math.isfinite(previous) and math.isfinite(current)
             weights.append(0.5 * current / previous if bounded else 0.0)
         return weights

@@ -1,0 +1,51 @@
+# gensample: `make demo` draws pictures, `make test` runs the tests. Everything is installed into $(VENV),
+# once: a stamp there is newer than what the environment was made from.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+
+PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+RUN_ENV = $(VENV)/.gensample-run
+DEV_ENV = $(VENV)/.gensample-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+$(DEV_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@ $(RUN_ENV)
+
+demo: $(RUN_ENV) ## draw clothes with the shipped model into out/ and print their score
+	$(VENV)/bin/gensample quickstart --out $(OUT)
+
+test: $(DEV_ENV) ## run the tests (pytest's options in ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(DEV_ENV) ## ruff, its formatter and mypy, without changing anything
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p gensample
+
+format: $(DEV_ENV) ## apply ruff's fixes and its formatter
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(DEV_ENV) ## run every script of benchmarks/, one after another
+	@set -e; for script in benchmarks/*.py; do \
+		echo "== $$script"; $(VENV)/bin/python "$$script"; \
+	done
+
+clean: ## remove build products and caches; environments and results stay
+	rm -rf build dist gensample.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,62 @@
+"""The float32 latents behind a half-precision caller, and whether the caller changed them.
+
+Diffusers' pipelines keep latents in the model's dtype.  Rounding them to bfloat16 at each of 250 steps adds noise
+of about two per cent, so the scheduler keeps what it computed and takes it up again when the caller hands back the
+very tensor that it was given.
+
+Shapes: B = rows, ... = latent shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+class KeptLatents:
+    """The tensor that the last ``step`` returned, and the same latents before rounding."""
+
+    def __init__(self) -> None:
+        self._returned: Tensor | None = None
+        self._version: int | None = None
+        self._exact: Tensor | None = None
+        self._edits: list[Tensor] = []
+
+    def put(self, exact: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keep ``exact`` (B, ...) and return it in ``dtype``."""
+        returned = exact.to(dtype)
+        self._returned, self._version, self._exact = returned, _version(returned), exact
+        return returned
+
+    def take(self, sample: Tensor, *, within_step: bool) -> Tensor:
+        """``sample`` (B, ...) in float32 or float64, unrounded if it is the returned tensor, untouched.
+
+        A change of the point between two stages of one step (``within_step``) cannot be honoured: it is noted,
+        without waiting for a device, and :meth:`report` warns of it.
+        """
+        same = sample is self._returned
+        if same and self._exact is not None and self._version == _version(sample) is not None:
+            return self._exact
+        if within_step and self._returned is not None:
+            if not same:
+                self._edits.append((sample != self._returned).any())
+            elif self._version is not None:
+                self._edits.append(torch.tensor(True))
+        return sample if sample.dtype == torch.float64 else sample.float()
+
+    def report(self) -> None:
+        """Warn if a change was noted since the last report."""
+        edits, self._edits = self._edits, []
+        if any(bool(edit) for edit in edits):
+            warnings.warn(
+                "the sample was changed between the two stages of a heun step, and the change is lost; edit "
+                "latents after whole steps, or use a solver with one stage such as 'exp2m'",
+                stacklevel=3,
+            )
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The counter of in-place changes; None for inference tensors, which have none."""
+    return None if tensor.is_inference() else tensor._version

@@ -119,7 +119,7 @@ def _oriented(image: Image.Image, policy: ImagePolicy) -> Image.Image:
 
 
 def _without_alpha(image: Image.Image, policy: ImagePolicy) -> Image.Image:
-    if policy.alpha == "drop" or image.getextrema()[3] == (255, 255):
+    if policy.alpha == "drop" or image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB")
     if policy.alpha == "error":
         raise ImageRefused("transparent pixels (--alpha white|black composes over it, drop ignores it)")

@@ -6,7 +6,7 @@ Bińkowski et al., "Demystifying MMD GANs" (2018), Section 4 and Eq. (4):
     KID = mean_{i≠j} k(xᵢ, xⱼ) + mean_{i≠j} k(yᵢ, yⱼ) − 2 mean_{i,j} k(xᵢ, yⱼ)             (1)
 
 Eq. (1) is an unbiased U-statistic of all samples, so it may be negative. Its interval comes from the
-jackknife, which needs only the row sums of the three kernel matrices: leaving sample i out takes away its row.
+jackknife, which needs only row sums of the three kernel matrices: leaving sample i out takes away its row.
 
 Shapes: features (N, D) and (M, D); row sums (N,), (M,).
 """

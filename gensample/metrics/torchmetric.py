@@ -1,7 +1,8 @@
 """The Fréchet distance as a torchmetrics `Metric`.
 
-Unlike torchmetrics' own: the state is float64 whatever dtype the metric or the features are set to, the result is
-a float64 scalar, a rank without a single image takes part in the sync, and parts are merged about their means.
+Unlike torchmetrics' own: the state is float64 whatever dtype the metric or the features are set to, the
+result is a float64 scalar, a rank without a single image takes part in the sync, and parts are merged about
+their means.
 
 Shapes: B images, D features; state of one side (D + 1, D + 1) = [[n, μᵀ], [μ, scatter]].
 """

@@ -1,3 +1,26 @@
 """gensample: training, sampling, search and alignment of diffusion and flow models, beside Diffusers."""
 
+from __future__ import annotations
+
+# Diffusers never imports a module that a saved pipeline names, so every loadable class is imported here.
+from gensample import guidance
+from gensample.loading import load
+from gensample.models.classifier import Classifier
+from gensample.models.dit import DiT
+from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.sampling import sample, stream
+from gensample.schedulers.interpolant import StochasticInterpolantScheduler
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "ClassConditionalPipeline",
+    "Classifier",
+    "DiT",
+    "StochasticInterpolantScheduler",
+    "__version__",
+    "guidance",
+    "load",
+    "sample",
+    "stream",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
 from gensample.guidance import Guidance
 from gensample.interpolants import convert
 from gensample.noise import GeneratorLike, NoiseStream
+from gensample.schedulers.finite import FiniteGuard
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 from gensample.schedulers.solver_adapter import SchedulerSolver
 from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver
@@ -52,6 +53,10 @@ class StepState:
         c = self.denoiser.path.coefficients(t)
         return convert(self.output, x, c, self.denoiser.prediction_type, "x0")
 
+    def preview(self) -> Tensor:
+        """``x0`` decoded to images (B, C, H, W) in [0, 1]."""
+        return self.denoiser.decode(self.x0)
+
 
 @dataclass(frozen=True)
 class SampleOutput:
@@ -75,61 +80,44 @@ def walk(
     """Yield a :class:`StepState` after every step of ``solver``, from ``latents`` at solver.times[0].
 
     Noise of step i is drawn from stream (seed, sample, path=(i,), "step").  Raises FloatingPointError naming step,
-    time and sample when latents stop being finite.
+    noise level and sample when outputs or latents stop being finite.
     """
+    num_steps = len(solver.times) - 1
+    num_stages = len(solver.stage_times)
 
     def denoise(x: Tensor, t: float | Tensor, c: Conditioning, net: str = "main") -> Tensor:
         return denoiser.denoise(x, t, c, net=net).output
 
     memory: object = None
-    last: list[Any] = []
+    answer: tuple[Tensor, tuple[Tensor, float], dict[str, Tensor]]
+    guard = FiniteGuard()
 
     def evaluate(x: Tensor, t: float) -> Tensor:
-        nonlocal memory
+        nonlocal memory, answer
+        info: dict[str, Tensor] = {}
         if guidance is None:
-            output, info = denoise(x, t, cond), {}
+            output = denoise(x, t, cond)
         else:
             guided = guidance(x, t, denoise, cond, memory)
             output, memory, info = guided.output, guided.state, guided.info
-        last[:] = [output, (x, t), info]
+        answer = output, (x, t), info
         return output
 
+    def draw() -> Tensor:
+        return noise.normal(latents.shape[1:], path=(step,), purpose="step").to(latents.device)
+
     state = SolverState()
-    guard = FiniteGuard()
-    num_steps = len(solver.times) - 1
     x = latents
     for step in range(num_steps):
-
-        def draw(step: int = step) -> Tensor:
-            return noise.normal(latents.shape[1:], path=(step,), purpose="step").to(latents.device)
-
         x, state = advance(solver, x, state, evaluate, draw)
-        guard.check(x, step, solver.times[step + 1], last_step=step == num_steps - 1)
-        output, at, info = last
+        output, at, info = answer
+        guard.check(output, step, 1.0 - at[1], last=state.stage == num_stages)
+        if step == num_steps - 1 and not bool(torch.isfinite(x).all()):
+            sample = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
+            raise FloatingPointError(f"the last step left sample {sample} with values that are not finite")
         reached = StepState(step, num_steps, solver.times[step + 1], x, output, at, denoiser, info)
         yield reached
         x = reached.latents
-
-
-class FiniteGuard:
-    """Raises as soon as it is free to look: at once on a CPU, after the last step on a device that would wait."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[int, float, Tensor]] = []
-
-    def check(self, x: Tensor, step: int, t: float, *, last_step: bool) -> None:
-        """Record step ``step``'s latents (B, ...), which stand at time ``t``."""
-        self._seen.append((step, t, torch.isfinite(x).flatten(1).all(dim=1)))
-        if x.device.type != "cpu" and not last_step:
-            return
-        for seen_step, time, finite in self._seen:
-            if not bool(finite.all()):
-                sample = int((~finite).nonzero()[0])
-                raise FloatingPointError(
-                    f"latents are not finite after step {seen_step} (time {time:.4g}, noise level sigma = "
-                    f"{1 - time:.4g}), first in sample {sample}; check the weights, the dtype and the guidance scale"
-                )
-        self._seen.clear()
 
 
 def stream(
@@ -187,8 +175,7 @@ def sample(
 
     Raises ValueError for bad arguments and FloatingPointError if latents stop being finite.
     """
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type={output_type!r} is unknown; use 'pil', 'np', 'pt' or 'latent'")
+    checked_output_type(output_type)
     denoiser = as_denoiser(model, num_samples, conditioning)
     before = denoiser.evaluations
     states = stream(
@@ -196,11 +183,12 @@ def sample(
         diffusion=diffusion, generator=generator, sample_ids=sample_ids, latents=latents,
     )  # fmt: skip
     final: Tensor | None = None
-    with tqdm(total=num_inference_steps, disable=not progress) as bar:
+    with tqdm(disable=not progress) as bar:
         for state in states:
             if callback is not None:
                 callback(state)
             final = state.latents
+            bar.total = state.num_steps
             bar.update()
     assert final is not None
     images = None if output_type == "latent" else to_output(denoiser.decode(final), output_type)
@@ -212,7 +200,9 @@ def as_denoiser(model: Any, num_samples: int | None, conditioning: dict[str, Any
     if isinstance(model, Denoiser):
         if conditioning or num_samples is not None:
             extra = sorted(conditioning) + (["num_samples"] if num_samples is not None else [])
-            raise ValueError(f"{extra} cannot be given with a Denoiser: bind its conditioning when building it")
+            raise ValueError(
+                f"{extra} cannot be given with a Denoiser: bind its conditioning when building it"
+            )
         return model
     if num_samples is not None:
         conditioning = {**conditioning, "num_samples": num_samples}
@@ -261,6 +251,12 @@ def initial_latents(denoiser: Denoiser, solver: Solver, noise: NoiseStream, late
     elif tuple(latents.shape) != expected:
         raise ValueError(f"latents have shape {tuple(latents.shape)}; this model and batch need {expected}")
     return solver.initial(latents.to(denoiser.device, torch.float32))
+
+
+def checked_output_type(output_type: str) -> None:
+    """Raise ValueError unless ``output_type`` is one of "pil", "np", "pt", "latent"."""
+    if output_type not in get_args(OutputType):
+        raise ValueError(f"output_type={output_type!r} is unknown; use one of {get_args(OutputType)}")
 
 
 def to_output(images: Tensor, output_type: OutputType) -> Any:

@@ -94,6 +94,8 @@ class DiT(ModelMixin, ConfigMixin, PeftAdapterMixin, AttentionMixin):
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio must give the MLP at least one unit, got {mlp_ratio} at width {dim}")
         if not 0.0 <= class_dropout_prob <= 1.0:
             raise ValueError(f"class_dropout_prob must lie in [0, 1], got {class_dropout_prob}")
         out_channels = in_channels if out_channels is None else out_channels

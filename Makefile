@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
 
+# Keep this folder off sys.path: its kernels/ would be taken for the package of that name.
+export PYTHONSAFEPATH = 1
+
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN_ENV = $(VENV)/.gensample-run
 DEV_ENV = $(VENV)/.gensample-dev

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from gensample.denoisers.adapters import adapters_disabled
 from gensample.denoisers.conditioning import Conditioning
-from gensample.denoisers.process import FlowTimes, Process, TimeMap, process_of, scheduler_times
+from gensample.denoisers.process import (
+    FlowTimes,
+    Process,
+    TimeMap,
+    copy_of_scheduler,
+    process_of,
+    scheduler_times,
+)
 from gensample.interpolants import Float64, Interpolant, affine, convert, make_interpolant
 
 Network = nn.Module | Callable[..., Any]
@@ -209,7 +216,7 @@ class Denoiser:
         """
         if self.scheduler is None:
             raise ValueError("this denoiser has no scheduler; pass scheduler= to Denoiser.from_model")
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = copy_of_scheduler(self.scheduler)
         self.set_timesteps(scheduler, _checked_steps(num_inference_steps))
         return scheduler
 

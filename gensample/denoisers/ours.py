@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from gensample.denoisers.base import Denoiser
 from gensample.denoisers.labels import Labels, label_conditioning, label_indices
-from gensample.denoisers.process import is_flow_scheduler, process_of
+from gensample.denoisers.process import process_of
 from gensample.denoisers.vae import unit_range
 
 
@@ -23,8 +24,8 @@ class ClassConditionalDenoiser(Denoiser):
         return output
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:
-        """Noise levels 1 .. 1/N, then the scheduler's shift; FlowMatchEuler alone would end on a step of 0.001."""
-        if is_flow_scheduler(scheduler):
+        """Noise levels 1 .. 1/N, then the shift: FlowMatchEuler's own levels would end on a step of 0.001."""
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
             scheduler.set_timesteps(num_inference_steps, sigmas=sigmas, device=self.device)
         else:

@@ -2,7 +2,7 @@
 
 Canonical time t runs from 0 (noise) to 1 (data). Networks count the other way:
 
-    FlowTimes    flow models: timestep = scale (1 - t), scale 1000 for SD3 and Flux
+    FlowTimes    flow models: timestep = scale (1 - t), scale 1000 for SD3 and Flux; or scale t (SiT, Mochi)
     TableTimes   DDPM schedules: step k has abar_k and lies on the gvp path at
                  t_k = 1 - (2/pi) atan2(sqrt(1 - abar_k), sqrt(abar_k)); linear between integer steps
 
@@ -53,9 +53,10 @@ class TimeMap(Protocol):
 
 @dataclass(frozen=True)
 class FlowTimes:
-    """timestep = scale (1 - t)."""
+    """timestep = scale (1 - t), or scale t for networks whose clock rises towards the data."""
 
     scale: float = 1000.0
+    rising: bool = False
 
     @property
     def start(self) -> float:
@@ -63,12 +64,12 @@ class FlowTimes:
         return 0.0
 
     def timestep(self, t: FloatOrRows) -> FloatOrRows:
-        """Scale times (1 - t)."""
-        return self.scale * (1.0 - t)
+        """The network's timestep at time ``t``."""
+        return self.scale * (t if self.rising else 1.0 - t)
 
     def time(self, timestep: FloatOrRows) -> FloatOrRows:
-        """1 - timestep / scale."""
-        return 1.0 - timestep / self.scale
+        """The time of a timestep."""
+        return timestep / self.scale if self.rising else 1.0 - timestep / self.scale
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,18 +135,20 @@ def process_of(scheduler: Any) -> Process:
 
     Flow-matching schedulers (and others with ``use_flow_sigmas``) give :func:`flow_process`; our
     ``StochasticInterpolantScheduler`` its configured path; schedulers over ``alphas_cumprod`` the gvp path
-    with their table. Raises TypeError for anything else, such as EDM-preconditioned ones.
+    with their table. Under ``invert_sigmas`` the network's clock rises, and it answers dx/dt. Raises TypeError
+    for anything else, such as EDM-preconditioned schedulers.
     """
     config = scheduler.config
-    num_train_timesteps = int(config.get("num_train_timesteps", 1000))
-    if "path" in config:
-        path = make_interpolant(config["path"])
-        return Process(path, config["prediction_type"], FlowTimes(float(num_train_timesteps)))
     if is_flow_scheduler(scheduler):
-        return flow_process(num_train_timesteps)
+        inverted = bool(config.get("invert_sigmas", False))
+        answer = config.get("prediction_type", "flow_prediction") if "path" in config else "flow_prediction"
+        if inverted and answer == "flow_prediction":
+            answer = "velocity"
+        times = FlowTimes(float(config.get("num_train_timesteps", 1000)), rising=inverted)
+        return Process(make_interpolant(config.get("path", "linear")), answer, times)
     if hasattr(scheduler, "alphas_cumprod"):
-        times = TableTimes.from_alphas_cumprod(scheduler.alphas_cumprod.double().cpu().numpy())
-        return Process(GVPInterpolant(), config.get("prediction_type", "epsilon"), times)
+        table = TableTimes.from_alphas_cumprod(scheduler.alphas_cumprod.double().cpu().numpy())
+        return Process(GVPInterpolant(), config.get("prediction_type", "epsilon"), table)
     raise TypeError(
         f"{type(scheduler).__name__} fits no process known here: it has neither alphas_cumprod nor flow "
         "sigmas; give path=, prediction_type= and time_map= to Denoiser.from_model"
@@ -153,7 +156,7 @@ def process_of(scheduler: Any) -> Process:
 
 
 def is_flow_scheduler(scheduler: Any) -> bool:
-    """Whether ``scheduler`` integrates a rectified flow, with ``sigmas`` = 1 - t."""
+    """Whether ``scheduler`` walks a flow or an interpolant, with ``sigmas`` = 1 - t (or t, inverted)."""
     config = scheduler.config
     return (
         "path" in config
@@ -161,6 +164,19 @@ def is_flow_scheduler(scheduler: Any) -> bool:
         or config.get("prediction_type") == "flow_prediction"
         or type(scheduler).__name__.startswith("FlowMatch")
     )
+
+
+def copy_of_scheduler(scheduler: Any) -> Any:
+    """A fresh scheduler of the same configuration.
+
+    Pipelines correct the configuration of their scheduler in place (Stable Diffusion sets ``clip_sample``), and
+    ``from_config`` would take such a value back to its default; so would it ``set_shift``.
+    """
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    fresh = type(scheduler).from_config(config)
+    if hasattr(scheduler, "set_shift"):
+        fresh.set_shift(scheduler.shift)
+    return fresh
 
 
 def scheduler_times(scheduler: Any, time_map: TimeMap, num_inference_steps: int) -> list[float]:
@@ -172,8 +188,9 @@ def scheduler_times(scheduler: Any, time_map: TimeMap, num_inference_steps: int)
     consecutive steps.
     """
     if is_flow_scheduler(scheduler):
-        levels = np.unique(1.0 - scheduler.sigmas.double().cpu().numpy())
-        return [float(t) for t in np.clip(levels, 0.0, 1.0)]
+        sigmas = scheduler.sigmas.double().cpu().numpy()
+        inverted = bool(scheduler.config.get("invert_sigmas", False))
+        return [float(t) for t in np.unique(sigmas if inverted else 1.0 - sigmas)]
     timesteps = np.asarray(scheduler.timesteps.double().cpu())
     levels = np.unique(time_map.time(timesteps))
     if len(levels) == 2 * num_inference_steps - 1:  # second-order schedulers interleave midpoints

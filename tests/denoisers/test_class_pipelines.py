@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -16,43 +15,13 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from torch import Tensor
 
-from gensample.denoisers import Denoiser, denoiser_from_pipeline
-from gensample.interpolants import convert
+from gensample.denoisers import denoiser_from_pipeline
 from gensample.models.dit import DiT
+from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.schedulers.interpolant import StochasticInterpolantScheduler
+from tests.denoisers.walks import ddim, noise, walk
 from tests.tiny_pipelines import build, quiet, tiny_ddpm, tiny_dit
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def walk(denoiser: Denoiser, x: Tensor, num_inference_steps: int, scale: float | None = None) -> Tensor:
-    """Step a copy of the pipeline's scheduler on the denoiser's answers, under CFG if `scale` is given."""
-    scheduler = denoiser.prepared_scheduler(num_inference_steps)
-    cond = denoiser.conditioning
-    x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
-    for timestep in scheduler.timesteps:
-        t = denoiser.time(timestep)
-        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        output = denoiser.denoise(scaled, t, cond).output
-        if scale is not None:
-            null = denoiser.denoise(scaled, t, cond.null()).output
-            output = null + scale * (output - null)
-        x = scheduler.step(output, timestep, x, return_dict=False)[0]
-    return x
-
-
-def ddim(denoiser: Denoiser, x: Tensor, num_inference_steps: int) -> Tensor:
-    """DDIM as the exact step x' = alpha' noise + beta' x0 on the denoiser's own grid: no scheduler."""
-    times = denoiser.times(num_inference_steps)
-    for t, following in itertools.pairwise(times):
-        output = denoiser.denoise(x, t).output
-        c, n = denoiser.path.coefficients(t), denoiser.path.coefficients(following)
-        x0, eps = (convert(output, x, c, denoiser.prediction_type, field) for field in ("x0", "noise"))
-        x = n.alpha * eps + n.beta * x0
-    return x
 
 
 def test_ddim_pipeline() -> None:
@@ -122,6 +91,7 @@ def test_dit_pipeline(scale: float, learned_variance: bool) -> None:
     assert denoiser.conditioning.num_references == 1000
 
 
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 def test_dit_pipeline_under_another_scheduler() -> None:
     pipe = tiny_dit(DPMSolverMultistepScheduler(prediction_type="v_prediction", algorithm_type="dpmsolver++"))
     generator = torch.Generator().manual_seed(0)
@@ -175,21 +145,11 @@ def test_half_precision_pipeline() -> None:
     torch.testing.assert_close(images, full.decode(x), rtol=0, atol=0.05)
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
-    """The components of our pipeline, under its name; `gensample.pipelines` has the real one."""
-
-    __module__ = "gensample.tests"
-
-    def __init__(self, transformer: Any, scheduler: Any) -> None:
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-        self.labels = {"shirt": 0, "boot": 1}
-
-
 @pytest.fixture
 def ours() -> Any:
     transformer = build(DiT, 5, sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8)
-    return quiet(ClassConditionalPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=2.0)))
+    names = ["shirt", "boot", *(f"class {i}" for i in range(2, 10))]
+    return quiet(ClassConditionalPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=2.0), names))
 
 
 def test_class_conditional_pipeline(ours: Any) -> None:
@@ -204,6 +164,18 @@ def test_class_conditional_pipeline(ours: Any) -> None:
     torch.testing.assert_close(walk(denoiser, x, 4), ddim(denoiser, x, 4), rtol=0, atol=1e-5)
     sigma = np.linspace(1, 0, 9)
     np.testing.assert_allclose(denoiser.times(8), 1 - 2 * sigma / (1 + sigma), atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_class_conditional_pipeline_under_our_scheduler(ours: Any, solver: str) -> None:
+    ours.scheduler = StochasticInterpolantScheduler(shift=2.0, solver=solver)
+    denoiser = denoiser_from_pipeline(ours, class_labels=["boot", 7])
+    assert (denoiser.path.name, denoiser.prediction_type) == ("linear", "flow_prediction")
+    sigma = np.linspace(1, 0, 9)
+    np.testing.assert_allclose(denoiser.times(8), 1 - 2 * sigma / (1 + sigma), atol=1e-6)
+    x = noise(2, 1, 8, 8)
+    images = ours(["boot", 7], 8, latents=x, output_type="pt").images
+    torch.testing.assert_close(denoiser.decode(walk(denoiser, x, 8)), images, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+from diffusers.configuration_utils import FrozenDict
 
 from gensample.denoisers import FlowTimes, TableTimes, process_of
-from gensample.denoisers.process import scheduler_times
+from gensample.denoisers.process import copy_of_scheduler, scheduler_times
+from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 Choice = tuple[str, dict[str, Any]]
@@ -86,6 +88,29 @@ def test_process_of_scheduler(scheduler: Choice, path: str, prediction_type: str
     assert (process.path.name, process.prediction_type) == (path, prediction_type)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
+        StochasticInterpolantScheduler(invert_sigmas=True, num_train_timesteps=1),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_a_clock_that_rises(scheduler: Any) -> None:
+    process = process_of(scheduler)
+    assert process.prediction_type == "velocity"
+    scheduler.set_timesteps(4, sigmas=[1.0, 0.75, 0.5, 0.25])
+    assert scheduler_times(scheduler, process.time_map, 4) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [process.time_map.timestep(t) for t in (0.0, 0.25, 0.5, 0.75)] == scheduler.timesteps.tolist()
+    assert process.time_map.time(0.25) == 0.25
+
+
+def test_process_of_our_scheduler() -> None:
+    process = process_of(StochasticInterpolantScheduler(path="gvp", prediction_type="score"))
+    assert (process.path.name, process.prediction_type) == ("gvp", "score")
+    assert process.time_map.timestep(0.25) == 750.0
+
+
 def test_unknown_schedulers_are_refused() -> None:
     with pytest.raises(TypeError, match=r"EDMEulerScheduler fits no process.*from_model"):
         process_of(diffusers.EDMEulerScheduler())
@@ -131,3 +156,15 @@ def test_a_final_level_that_is_the_last_step_gives_way_to_clean_data() -> None:
 def test_a_table_must_fall(table: list[float]) -> None:
     with pytest.raises(ValueError, match="fall strictly"):
         TableTimes(np.array(table))
+
+
+def test_a_copy_keeps_corrected_values_and_the_set_shift() -> None:
+    scheduler = diffusers.DDIMScheduler()
+    corrected = dict(scheduler.config) | {"clip_sample": False}
+    scheduler._internal_dict = FrozenDict(corrected)  # as StableDiffusionPipeline does
+    assert copy_of_scheduler(scheduler).config.clip_sample is False
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_shift(5.0)
+    fresh = copy_of_scheduler(flow)
+    assert fresh is not flow
+    assert (fresh.shift, fresh.config.shift) == (5.0, 3.0)

@@ -91,15 +91,15 @@ def inception_extractor(
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not readable safetensors weights ({error})") from error
-    module = InceptionV3()
-    expected = module.state_dict()
-    missing = [n for n in expected if n not in state and not n.endswith("num_batches_tracked")]
-    wrong = [n for n in expected if n in state and state[n].shape != expected[n].shape]
-    if missing or wrong:
-        raise InputError(
-            f"{path}: not the FID Inception weights; missing or misshapen: {(missing + wrong)[:3]}"
-        )
-    module.load_state_dict({n: t for n, t in state.items() if n in expected}, strict=False)
+    # On the meta device: no memory, no time and no draw from the global generator for weights to be replaced.
+    with torch.device("meta"):
+        module = InceptionV3()
+    counters = {n: torch.zeros(()) for n in module.state_dict() if n.endswith("num_batches_tracked")}
+    wanted = {n: t for n, t in module.state_dict().items() if n not in counters}
+    wrong = [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape]
+    if wrong:
+        raise InputError(f"{path}: not the FID Inception weights; missing or misshapen: {wrong[:3]}")
+    module.load_state_dict({**counters, **{n: state[n] for n in wanted}}, assign=True)
     prepare = _same if resize != "legacy-torch" else _legacy_torch_levels
     return make_extractor("inception", module, image_size=299, device=device, prepare=prepare)
 

@@ -60,7 +60,8 @@ def convert_weights(source: str | Path, target: str | Path, *, sha256: str = SHA
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path}: not a plain PyTorch state dictionary ({error})") from error
-    expected = InceptionV3().state_dict()
+    with torch.device("meta"):
+        expected = InceptionV3().state_dict()
     tensors = {}
     for name, example in expected.items():
         if name.endswith("num_batches_tracked"):

@@ -25,7 +25,12 @@ from tests.tiny_pipelines import (
 )
 
 pytest.importorskip("transformers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:[\\s\\S]*clip_sample:FutureWarning"
+    ),  # corrected by the pipeline itself
+]
 
 PROMPTS = ["a red cube", "photo of a blue sphere"]
 STEPS = 3
@@ -335,6 +340,18 @@ def test_half_precision_pipelines_answer_the_same_in_float32(make: Any) -> None:
     assert denoiser.dtype == answers[0].dtype == torch.bfloat16
     assert output.dtype == denoiser.decode(x.float()).dtype == torch.float32
     assert torch.equal(output, answers[0].float())
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sd3, tiny_flux])
+def test_offloaded_pipelines(make: Any) -> None:
+    call = {"prompt": "a red cube", "height": 16, "width": 16}
+    plain, offloaded = denoiser_from_pipeline(make(), **call), make()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    denoiser = denoiser_from_pipeline(offloaded, **call)
+    x = noise(1, *denoiser.latent_shape)
+    final = walk(denoiser, x, STEPS)
+    close(final, walk(plain, x, STEPS))
+    close(denoiser.decode(final), plain.decode(final))
 
 
 def test_the_pipelines_scheduler_is_only_read(sd3: Any) -> None:

@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser
 # subcommand: (module, help). Each module has add_arguments(parser) and run(namespace) -> exit code.
 COMMANDS = {
     "fid": ("gensample.apps.fid", "measure images against a reference: FID, KID, precision and recall"),
+    "quickstart": ("gensample.apps.quickstart", "draw clothes with the shipped model and score them"),
+    "sample": ("gensample.apps.sample", "draw images of given classes"),
     "stats": ("gensample.apps.stats", "save reference statistics for fid"),
     "train": ("gensample.apps.train", "train a model by a recipe"),
 }

@@ -139,7 +139,8 @@ def write_statistics(classifier: Classifier, splits: Mapping[str, LabelledImages
         for name, images in splits.items():
             features = extract_features(classifier.features, images.images, micro_batch=250)
             metadata = {
-                "features": "fashion_classifier_b",
+                "features": "fashion-b",
+                "resize": "none",
                 "data": f"Fashion-MNIST {name}",
                 "images": len(images),
             }

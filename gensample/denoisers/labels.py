@@ -40,9 +40,16 @@ def _index(label: int | str, num_classes: int, names: Mapping[str, int]) -> int:
     if isinstance(label, str):
         if label in names:
             return int(names[label])
-        close = difflib.get_close_matches(label, names, n=3) or sorted(names)[:5]
-        hint = f"did you mean one of {close}?" if names else "this pipeline has no label names; give an index"
-        raise ValueError(f"class_labels has {label!r}, which is unknown; {hint}")
+        raise ValueError(f"class_labels has {label!r}, which is unknown; {_hint(label, names, num_classes)}")
     if isinstance(label, bool) or int(label) != label or not 0 <= label < num_classes:
         raise ValueError(f"class_labels has {label!r}; labels are whole numbers 0..{num_classes - 1}")
     return int(label)
+
+
+def _hint(label: str, names: Mapping[str, int], num_classes: int) -> str:
+    if not names:
+        return f"this pipeline has no label names; give an index in 0..{num_classes - 1}"
+    if len(names) <= 20:
+        return f"use an index in 0..{num_classes - 1} or one of {sorted(names, key=lambda name: names[name])}"
+    close = difflib.get_close_matches(label, names, n=3) or sorted(names)[:5]
+    return f"did you mean one of {close}?"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gensample.models.classifier import Classifier
+from tests.models.tiny_models import use_torch_initialisers
 
 ARCHITECTURES = ["plain", "residual"]
 
@@ -83,7 +84,8 @@ def test_save_and_load(tmp_path: Path, architecture: str) -> None:
     assert torch.equal(loaded(images()), model(images()))
 
 
-def test_weights_depend_on_the_seed_alone() -> None:
+def test_weights_depend_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torch_initialisers(monkeypatch)
     before = torch.get_rng_state()
     a, b, c = Classifier(width=8), Classifier(width=8), Classifier(width=8)
     c.initialize_weights(seed=1)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gensample.models.dit import DiT
-from gensample.models.dit_blocks import DiTBlock, sincos_positions, timestep_features
-from tests.models.tiny_models import CLASSES, inputs, tiny_dit
+from gensample.models.dit_blocks import sincos_positions, timestep_features
+from tests.models.tiny_models import CLASSES, inputs, tiny_dit, use_torch_initialisers
 
 
 def parameter_count(*, width: int, depth: int, patch_values: int, classes: int, head_dim: int) -> int:
@@ -64,11 +64,12 @@ def test_block_equals_its_equations_written_out() -> None:
 
 
 def test_block_takes_conditioning_per_token() -> None:
-    block = DiTBlock(24, heads=2, head_dim=8, mlp_ratio=2.0)
-    torch.nn.init.constant_(block.modulation.linear.bias, 0.3)
-    x = torch.linspace(-1, 1, 2 * 5 * 24).reshape(2, 5, 24)
-    c = torch.linspace(-2, 1, 2 * 24).reshape(2, 1, 24)
-    assert torch.allclose(block(x, c), block(x, c.expand(2, 5, 24)), atol=1e-6)
+    block = tiny_dit().transformer_blocks[0]
+    x = torch.linspace(-1, 1, 2 * 5 * 32).reshape(2, 5, 32)
+    c = torch.linspace(-2, 1, 2 * 32).reshape(2, 1, 32)
+    assert torch.allclose(block(x, c), block(x, c.expand(2, 5, 32)), atol=1e-6)
+    last_differs = torch.cat([c.expand(2, 4, 32), c + 1], dim=1)
+    assert not torch.allclose(block(x, c)[:, 4], block(x, last_differs)[:, 4], atol=1e-3)
 
 
 def test_patches_round_trip_and_keep_their_place() -> None:
@@ -183,7 +184,8 @@ def test_gradients_reach_every_weight_after_one_step() -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
-def test_weights_depend_on_the_seed_and_not_on_the_global_generator() -> None:
+def test_weights_depend_on_the_seed_and_not_on_the_global_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_torch_initialisers(monkeypatch)
     before = torch.get_rng_state()
     first = tiny_weights()
     assert torch.equal(before, torch.get_rng_state())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from gensample.models.dit import DiT
@@ -35,3 +36,14 @@ def inputs(batch: int = 4, *, channels: int = 2, size: int = 8) -> tuple[torch.T
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(batch, channels, size, size, generator=generator)
     return x, torch.linspace(30.0, 970.0, batch), torch.arange(batch) % CLASSES
+
+
+def use_torch_initialisers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo the suite's own generator for `torch.nn.init`, so that draws of a constructor reach the global one."""
+    for name, function in list(vars(torch.nn.init).items()):
+        if hasattr(function, "__wrapped__"):
+            monkeypatch.setattr(torch.nn.init, name, function.__wrapped__)
+    before = torch.get_rng_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.nn.Linear(2, 2)
+        assert not torch.equal(before, torch.get_rng_state())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,8 +61,11 @@ def decode_image(file: bytes | str | os.PathLike[str], policy: ImagePolicy) -> n
         raise ImageRefused(f"file of {size} bytes is over the limit of {policy.max_bytes} (--max-bytes)")
     stream: Any = io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file)
     try:
-        with _own_pixel_limit(), Image.open(stream, formats=FORMATS) as image:
-            return _decode(image, policy)
+        with _own_pixel_limit(), warnings.catch_warnings():
+            # Pillow goes on after "Truncated File Read" and the like; a damaged file is not data.
+            warnings.simplefilter("error", UserWarning)
+            with Image.open(stream, formats=FORMATS) as image:
+                return _decode(image, policy)
     except (ImageRefused, FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # a malformed file can raise anything inside a codec

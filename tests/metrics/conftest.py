@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -75,9 +76,11 @@ def _rank_main(function: Callable[[], Any], rank: int, size: int, port: int, pip
     )
     torch.set_num_threads(1)
     try:
-        pipe.send((True, function()))
+        result = (True, function())
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        result = (False, traceback.format_exc())
+    # Plain pickle: torch's own pickler would send tensors as files that vanish with this process.
+    pipe.send_bytes(pickle.dumps(result))
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def run_ranks() -> Callable[[int, Callable[[], Any]], list[Any]]:
         results = []
         for pipe, process in zip(pipes, processes, strict=True):
             assert pipe.poll(60), "a rank did not answer within a minute"
-            results.append(pipe.recv())
+            results.append(pickle.loads(pipe.recv_bytes()))  # noqa: S301
             process.join(20)
         assert all(ok for ok, _ in results), results
         return [value for _, value in results]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def convert_weights(source: str | Path, target: str | Path, *, sha256: str = SHA
         raise InputError(f"{path}: SHA-256 is {actual}, expected {sha256}; the file was not opened")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path}: not a plain PyTorch state dictionary ({error})") from error
     with torch.device("meta"):
         expected = InceptionV3().state_dict()

@@ -122,6 +122,22 @@ def _gather(images: LabelledImages, index: np.ndarray, drawn: Batch) -> Batch:
     return {"images": images.images[places], "labels": images.labels[places], **drawn}
 
 
+def micro_batch_rows(batch_size: int, accumulation: int, *, process: int, processes: int) -> list[slice]:
+    """Rows of the global batch that one process takes, one slice per accumulated micro-batch.
+
+    Raises:
+        ValueError: the batch cannot be shared out evenly.
+    """
+    parts = processes * accumulation
+    if batch_size % parts:
+        raise ValueError(
+            f"batch_size={batch_size} is not a multiple of {processes} processes x accumulation={accumulation}"
+        )
+    size = batch_size // parts
+    first = process * accumulation
+    return [slice((first + i) * size, (first + i + 1) * size) for i in range(accumulation)]
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of a batch without waiting for the copy; host arrays stay."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 _NAME = re.compile(r"step-(\d{8,})")
 _FORMAT = 1
@@ -52,7 +51,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     part.mkdir()
     try:
         for name, tensors in checkpoint.tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors")
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part / f"{name}.safetensors"
+            )
         (part / "state.json").write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True) + "\n")
         files = {p.name: {"sha256": _sha256(p), "size": p.stat().st_size} for p in sorted(part.iterdir())}
         manifest = {"format": _FORMAT, "step": checkpoint.step, "files": files}
@@ -85,15 +86,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text())
         step, files, version = int(manifest["step"]), dict(manifest["files"]), manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint ({error}): resume from another") from error
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint ({error}): resume from another"
+        ) from error
     if version != _FORMAT:
         raise CheckpointError(f"{path} has checkpoint format {version}, this version reads {_FORMAT}")
     for name, entry in files.items():
         file = path / name
         if Path(name).name != name or not file.is_file() or _sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{file} is missing or damaged (sha256 differs): resume from another checkpoint")
+            raise CheckpointError(
+                f"{file} is missing or damaged (sha256 differs): resume from another checkpoint"
+            )
     try:
-        tensors = {n.removesuffix(".safetensors"): load_file(path / n) for n in files if n.endswith(".safetensors")}
+        tensors = {
+            n.removesuffix(".safetensors"): load_file(path / n) for n in files if n.endswith(".safetensors")
+        }
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): resume from another checkpoint") from error
@@ -113,36 +120,10 @@ def load_newest(folder: Path) -> Checkpoint | None:
         except CheckpointError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
     if found:
-        raise CheckpointError(f"{folder}: none of {len(found)} checkpoints is sound; start with another output_dir")
+        raise CheckpointError(
+            f"{folder}: none of {len(found)} checkpoints is sound; start with another output_dir"
+        )
     return None
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimiser state as ``<parameter name>|<key>`` tensors (``|`` cannot occur in a parameter's name twice)."""
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}|{key}": torch.as_tensor(value)
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-
-
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Put the state of :func:`optimizer_tensors` back; learning rates and other settings stay the optimiser's."""
-    places = dict(model.named_parameters())
-    present = optimizer.state_dict()
-    order = [p for group in optimizer.param_groups for p in group["params"]]
-    index = {p: i for i, p in enumerate(order)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full, tensor in tensors.items():
-        name, key = full.rsplit("|", 1)
-        if name not in places:
-            raise CheckpointError(f"the checkpoint's optimiser knows {name!r}, which this model does not have")
-        state.setdefault(index[places[name]], {})[key] = tensor
-    # load_state_dict casts moments to each parameter's dtype and device and leaves step counters in float32.
-    optimizer.load_state_dict({"state": state, "param_groups": present["param_groups"]})
 
 
 def sync(path: Path) -> None:

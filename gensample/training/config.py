@@ -100,7 +100,9 @@ class TrainingConfig:
         counts = ("steps", "batch_size", "accumulation", "log_every", "evaluate_every", "checkpoint_every")
         for name in (*counts, "keep_checkpoints", "max_bad_steps"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        _require(self.prefetch >= 0, f"prefetch={self.prefetch} must not be negative (0 draws in the main thread)")
+        _require(
+            self.prefetch >= 0, f"prefetch={self.prefetch} must not be negative (0 draws in the main thread)"
+        )
         _require(
             self.max_seconds is None or self.max_seconds > 0,
             f"max_seconds={self.max_seconds} must be positive, or null for no limit",

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import os
 import urllib.request
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,9 @@ class LabelledImages:
                 f"images are {self.images.dtype} {tuple(self.images.shape)}; give uint8 (N, C, H, W)"
             )
         if len(self.images) == 0 or self.labels.shape != (len(self.images),):
-            raise DataError(f"{len(self.images)} images with labels {tuple(self.labels.shape)}; give one label each")
+            raise DataError(
+                f"{len(self.images)} images with labels {tuple(self.labels.shape)}; give one label each"
+            )
         if int(self.labels.min()) < 0 or int(self.labels.max()) >= len(self.class_names):
             raise DataError(
                 f"labels reach from {int(self.labels.min())} to {int(self.labels.max())}; "
@@ -172,7 +175,9 @@ class FashionMNIST(ImageData):
         path = packed if packed.exists() else plain
         content = _unpack(path, limit=int(np.prod(file.shape)) + 4 * (len(file.shape) + 1))
         if self.verify and hashlib.sha256(content).hexdigest() != file.content_sha256:
-            raise DataError(f"{path} does not hold the published data (sha256 differs): delete it and fetch it again")
+            raise DataError(
+                f"{path} does not hold the published data (sha256 differs): delete it and fetch it again"
+            )
         return parse_idx(content, file.shape, path)
 
 
@@ -183,7 +188,9 @@ def parse_idx(content: bytes, shape: Sequence[int], path: Path) -> np.ndarray:
         raise DataError(f"{path} is not an IDX file of unsigned bytes with {len(shape)} dimensions")
     found = tuple(int(n) for n in np.frombuffer(content, ">u4", count=len(shape), offset=4))
     if found != tuple(shape) or len(content) != head + int(np.prod(shape)):
-        raise DataError(f"{path} holds {found} in {len(content)} bytes; expected {tuple(shape)}: file is damaged")
+        raise DataError(
+            f"{path} holds {found} in {len(content)} bytes; expected {tuple(shape)}: file is damaged"
+        )
     return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
 
 
@@ -192,7 +199,7 @@ def _unpack(path: Path, *, limit: int) -> bytes:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
             return stream.read(limit + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error}): delete it and fetch it again") from error
 
 
@@ -200,12 +207,16 @@ def _download(file: _IdxFile, target: Path) -> None:
     """Fetch one published file, check it, and only then give it its name."""
     url = f"{FASHION_URL}{file.name}.gz"
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:  # noqa: S310 (a constant http URL)
             content = response.read(64 << 20)
     except OSError as error:
-        raise DataError(f"{url} cannot be fetched ({error}): fetch it by hand into {target.parent}") from error
+        raise DataError(
+            f"{url} cannot be fetched ({error}): fetch it by hand into {target.parent}"
+        ) from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != file.published_md5:
-        raise DataError(f"{url} answered something else than the published file (md5 differs); nothing was written")
+        raise DataError(
+            f"{url} answered something else than the published file (md5 differs); nothing was written"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:

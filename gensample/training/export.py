@@ -33,7 +33,9 @@ def chosen_weights(config: ExportConfig, ema: ExponentialAverage, figures: Mappi
         slowest = f"ema-{max(ema.decays):g}" if ema.decays else "model"
         return best_weights(figures) or slowest
     if config.weights not in names:
-        raise ValueError(f"export.weights={config.weights!r} is not kept by this run; use best, {', '.join(names)}")
+        raise ValueError(
+            f"export.weights={config.weights!r} is not kept by this run; use best, {', '.join(names)}"
+        )
     return names[config.weights]
 
 
@@ -55,11 +57,15 @@ def export_model(
     with isolated_rng():
         copy = type(model).from_config(model.config)
     copy.load_state_dict({name: t.detach().float().cpu() for name, t in tensors.items()})
-    for parameter in copy.parameters():  # not .to(): modules kept in float32 when computing are stored small too
+    for (
+        parameter
+    ) in copy.parameters():  # not .to(): modules kept in float32 when computing are stored small too
         parameter.data = parameter.data.to(dtype)
     for name, tensor in copy.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} has values that are not finite in {dtype}: export float32, or train again")
+            raise ValueError(
+                f"{name} has values that are not finite in {dtype}: export float32, or train again"
+            )
     part = folder.with_name(f".writing-{folder.name}-{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     try:

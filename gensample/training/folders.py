@@ -53,7 +53,9 @@ class ImageFolder(ImageData):
         found = self._read(Path(self.validation_root).expanduser())
         classes = tuple(_class_folders(Path(self.root).expanduser()))
         if found.class_names != classes:
-            raise DataError(f"{self.validation_root} has classes {found.class_names}, {self.root} has {classes}")
+            raise DataError(
+                f"{self.validation_root} has classes {found.class_names}, {self.root} has {classes}"
+            )
         return found
 
     def _read(self, root: Path) -> LabelledImages:
@@ -64,7 +66,9 @@ class ImageFolder(ImageData):
                 images.append(self._image(path))
                 labels.append(label)
         if not images:
-            raise DataError(f"{root} has class folders but no images in them ({', '.join(sorted(_SUFFIXES))})")
+            raise DataError(
+                f"{root} has class folders but no images in them ({', '.join(sorted(_SUFFIXES))})"
+            )
         return LabelledImages(torch.from_numpy(np.stack(images)), torch.tensor(labels), tuple(classes))
 
     def _image(self, path: Path) -> np.ndarray:
@@ -82,7 +86,9 @@ class ImageFolder(ImageData):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         side = (self.sample_size, self.sample_size)
-        image = ImageOps.fit(image.convert("RGB" if self.channels == 3 else "L"), side, Image.Resampling.LANCZOS)
+        image = ImageOps.fit(
+            image.convert("RGB" if self.channels == 3 else "L"), side, Image.Resampling.LANCZOS
+        )
         pixels = np.asarray(image, dtype=np.uint8)
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -96,7 +102,9 @@ class NpzImages(ImageData):
         validation_path: another such file, or None for no validation.
     """
 
-    def __init__(self, *, path: str, num_classes: int | None = None, validation_path: str | None = None) -> None:
+    def __init__(
+        self, *, path: str, num_classes: int | None = None, validation_path: str | None = None
+    ) -> None:
         self.path, self.num_classes, self.validation_path = path, num_classes, validation_path
 
     def load(self) -> LabelledImages:
@@ -114,7 +122,9 @@ class NpzImages(ImageData):
             with np.load(path, allow_pickle=False) as archive:
                 images, labels = archive["images"], archive["labels"]
         except FileNotFoundError as error:
-            raise DataError(f"{path} not found: give --data.path an .npz file with 'images' and 'labels'") from error
+            raise DataError(
+                f"{path} not found: give --data.path an .npz file with 'images' and 'labels'"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is not an .npz with arrays 'images' and 'labels' ({error})") from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.dtype.kind not in "iu":

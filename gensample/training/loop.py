@@ -13,10 +13,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,23 +23,27 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gensample.training.batches import Batch, BatchSource, Prefetcher, to_device
+from gensample.training.batches import Batch, BatchSource, Prefetcher, micro_batch_rows, to_device
 from gensample.training.checkpoint import (
     Checkpoint,
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    load_optimizer_tensors,
-    optimizer_tensors,
     save_checkpoint,
 )
 from gensample.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from gensample.training.ema import ExponentialAverage
+from gensample.training.launch import make_accelerator, stop_on_signal
 from gensample.training.losses import LossStep
+from gensample.training.optimizer import (
+    ParameterGroups,
+    decayed_and_plain_groups,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
 from gensample.training.record import Recorder
 from gensample.training.validation import Callback
-
-ParameterGroups = Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]]
 
 
 class TrainingDiverged(RuntimeError):
@@ -56,17 +58,6 @@ class TrainingResult:
     reason: str
     figures: dict[str, float]
     seconds: float
-
-
-def decayed_and_plain_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two AdamW groups: weight decay on tensors of two or more dimensions, none on biases and gains."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -113,38 +104,24 @@ class Trainer:
         self.figures: dict[str, float] = {}
         self.seconds = 0.0
         self._resumed = False
-        self._recorder = Recorder(Path(), active=False, steps=training.steps, resumed_step=0, tensorboard=False)
+        self._recorder = Recorder(
+            Path(), active=False, steps=training.steps, resumed_step=0, tensorboard=False
+        )
         self._bad_in_a_row = 0
         self._window: list[float] = []
-        self._micro_rows = self._slices()
-        self._optimizer = self._make_optimizer(parameter_groups)
+        self._micro_rows = micro_batch_rows(
+            training.batch_size,
+            training.accumulation,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
+        )
+        self._optimizer = self.accelerator.prepare_optimizer(
+            make_optimizer(self.model, self.optimizer_config, parameter_groups)
+        )
         self.ema = ExponentialAverage(self.model, training.ema_decays)
         prepared = self.accelerator.prepare_model(self.model)
         self._reducing = prepared
         self._forward = torch.compile(prepared) if training.compile else prepared
-
-    # setting up
-
-    def _slices(self) -> list[slice]:
-        accelerator, config = self.accelerator, self.config
-        parts = accelerator.num_processes * config.accumulation
-        if config.batch_size % parts:
-            raise ValueError(
-                f"batch_size={config.batch_size} is not a multiple of {accelerator.num_processes} processes x "
-                f"accumulation={config.accumulation}"
-            )
-        size = config.batch_size // parts
-        first = accelerator.process_index * config.accumulation
-        return [slice((first + i) * size, (first + i + 1) * size) for i in range(config.accumulation)]
-
-    def _make_optimizer(self, parameter_groups: ParameterGroups) -> Any:
-        config = self.optimizer_config
-        groups = parameter_groups(self.model, config)
-        for group in groups:
-            group.setdefault("lr", config.learning_rate)
-            group["peak_lr"] = group["lr"]
-        adamw = torch.optim.AdamW(groups, betas=tuple(config.betas), eps=config.eps, fused=True)
-        return self.accelerator.prepare_optimizer(adamw)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -171,7 +148,7 @@ class Trainer:
         )
         earlier = self.seconds
         reason = "finished"
-        with contextlib.closing(self._recorder), _stop_on_signal() as signalled, self._prefetched() as batches:
+        with contextlib.closing(self._recorder), stop_on_signal() as signalled, self._prefetched() as batches:
             for step, micro_batches in batches:
                 elapsed = time.monotonic() - started
                 self.seconds = earlier + elapsed
@@ -186,7 +163,9 @@ class Trainer:
                 self._after()
             if reason != "finished":
                 self.save()
-                self._recorder.say(f"stopped ({reason}) after step {self.step} of {self.config.steps}; checkpoint written")
+                self._recorder.say(
+                    f"stopped ({reason}) after step {self.step} of {self.config.steps}, checkpoint saved"
+                )
         return TrainingResult(self.step, reason, self.figures, self.seconds)
 
     def estimate(self, updates: int = 10) -> float:
@@ -290,13 +269,14 @@ class Trainer:
             for callback in self.callbacks:
                 self.figures.update(callback(self, self.step))
             self._recorder.write(self.step, self.figures)
-            self._recorder.say(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items()))
+            self._recorder.say(
+                f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in self.figures.items())
+            )
         if final or self.step % self.config.checkpoint_every == 0:
             self.save()
 
     def close(self) -> None:
         """Leave the process group, if there is one; call it once, at the very end."""
-        self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -373,32 +353,3 @@ class Trainer:
         self.skipped_steps, self._bad_in_a_row = int(state["skipped_steps"]), int(state["bad_in_a_row"])
         self._window, self.figures = list(state["loss_window"]), dict(state["figures"])
         self.seconds = float(state["seconds"])
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run: device and mixed precision of ``config``."""
-    cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.mixed_precision == "fp16" and cpu:
-        raise ValueError("mixed_precision=fp16 needs a CUDA device: use bf16 or no on a CPU")
-    return Accelerator(cpu=cpu, mixed_precision=config.mixed_precision)
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,16 +8,19 @@ keyed streams), and the call turns model, batch and draws into a loss per sample
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gensample.interpolants import interpolation_loss, make_interpolant, sample_times
 from gensample.interpolants.paths import Float64
 from gensample.training.batches import Batch, Draws
+
+Model = Callable[..., Any]  # the module, or what compiling or distributing made of it
 
 
 @dataclass
@@ -37,7 +40,7 @@ class LossStep(Protocol):
     def draw_validation(self, draws: Draws, image_shape: tuple[int, ...]) -> Batch:
         """The same for validation: no augmentation, no dropped labels."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
+    def __call__(self, model: Model, batch: Batch) -> LossOutput:
         """The loss of every row."""
 
 
@@ -94,7 +97,7 @@ class InterpolantLoss:
         drawn = self.draw(draws, image_shape)
         return {**drawn, "label_drop": torch.zeros_like(drawn["label_drop"])}
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
+    def __call__(self, model: Model, batch: Batch) -> LossOutput:
         """Mean squared error over each image."""
         x0 = batch["images"].float() / 127.5 - 1.0
 
@@ -137,7 +140,7 @@ class ClassificationLoss:
         """Nothing: images are judged as they are."""
         return {}
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOutput:
+    def __call__(self, model: Model, batch: Batch) -> LossOutput:
         """Cross entropy and accuracy."""
         images = batch["images"].float() / 255.0
         if "shift" in batch:

@@ -1,7 +1,7 @@
 """Recipes: YAML with typed sections, read by jsonargparse, every value of which the command line may override.
 
-    model: {class_path: DiT, init_args: {...}}          data: {class_path: FashionMNIST, init_args: {...}}
-    loss: {class_path: InterpolantLoss, ...}            optimizer: ... schedule: ... training: ... export: ...
+model: {class_path: DiT, init_args: {...}}          data: {class_path: FashionMNIST, init_args: {...}}
+loss: {class_path: InterpolantLoss, ...}            optimizer: ... schedule: ... training: ... export: ...
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ class Recipe:
 
 def recipe_parser() -> ArgumentParser:
     """The parser of recipes; ``--print_config`` shows the merged one."""
-    parser = ArgumentParser(prog="gensample train", exit_on_error=False, description="Train a model by a recipe.")
+    parser = ArgumentParser(
+        prog="gensample train", exit_on_error=False, description="Train a model by a recipe."
+    )
     parser.add_argument("--config", action="config", help="the recipe, YAML")
     parser.add_argument("--model", type=DiT | Classifier, required=True, help="the network to train")
-    parser.add_argument("--loss", type=InterpolantLoss | ClassificationLoss, required=True, help="what to minimise")
+    parser.add_argument(
+        "--loss", type=InterpolantLoss | ClassificationLoss, required=True, help="what to minimise"
+    )
     parser.add_argument("--data", type=ImageData, required=True, help="labelled images")
     parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
     parser.add_argument("--schedule", type=ScheduleConfig, default=ScheduleConfig())
@@ -81,7 +85,9 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     if isinstance(built.loss, InterpolantLoss) and built.loss.label_dropout is None:
         built.loss.label_dropout = built.model.config.class_dropout_prob
     if isinstance(built.model, DiT) != isinstance(built.loss, InterpolantLoss):
-        raise RecipeError(f"{path}: {type(built.model).__name__} cannot be trained with {type(built.loss).__name__}")
+        raise RecipeError(
+            f"{path}: {type(built.model).__name__} cannot be trained with {type(built.loss).__name__}"
+        )
     return Recipe(
         model=built.model,
         loss=built.loss,

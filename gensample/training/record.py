@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -25,8 +26,9 @@ class MetricsFile:
         self._stream = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one record."""
-        self._stream.write(json.dumps({"step": step, **values}) + "\n")
+        """Append one record; a figure that is not finite becomes null, as JSON has no NaN."""
+        record = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
+        self._stream.write(json.dumps(record) + "\n")
         self._stream.flush()
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -66,7 +67,7 @@ class Validation:
         return {key: float(accelerator.reduce(total, "sum")) / count for key, total in sorted(sums.items())}
 
 
-def best_weights(figures: dict[str, float]) -> str | None:
+def best_weights(figures: Mapping[str, float]) -> str | None:
     """Name of the weights (``model``, ``ema-0.999``) with the lowest validation loss, None without figures."""
     losses = {
         key.split("/")[1]: value

@@ -84,6 +84,7 @@ class Denoiser:
         self.conditioning = conditioning.to(self.device)
         self.evaluations = 0
         self._decoder = decoder
+        self._dtypes: dict[int, tuple[torch.dtype, torch.dtype]] = {}
 
     @classmethod
     def from_model(
@@ -143,7 +144,7 @@ class Denoiser:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the main network computes."""
-        return _dtype(self.nets["main"], torch.float32)
+        return self._compute_dtype(self.nets["main"]) or torch.float32
 
     def timestep(self, t: Time) -> Any:
         """The network's timestep at canonical time ``t``: a float for a scalar, else float64 (B,)."""
@@ -166,7 +167,7 @@ class Denoiser:
         cond = self._checked(x, cond)
         module, context = self._network(net, grad)
         # x of a float64 oracle stays float64; the parameters of a real network decide.
-        dtype = _dtype(module, x.dtype)
+        dtype = self._compute_dtype(module) or x.dtype
         timestep = self._timestep_rows(t, x)
         with torch.set_grad_enabled(grad), context:
             answer = self.forward(module, x.to(self.device, dtype), timestep, self._fields(cond, dtype))
@@ -259,6 +260,23 @@ class Denoiser:
             )
         return cond
 
+    def _compute_dtype(self, network: Network) -> torch.dtype | None:
+        """The dtype a module computes in; None for a callable or a module without parameters.
+
+        A Diffusers model's own answer minds quantisation and layerwise casting, but walks all its modules: it is
+        kept until the first parameter changes its dtype.
+        """
+        parameters = network.parameters() if isinstance(network, nn.Module) else iter(())
+        stored = next((p.dtype for p in parameters if p.is_floating_point()), None)
+        if stored is None:
+            return None
+        known = self._dtypes.get(id(network))
+        if known is None or known[0] != stored:
+            own = getattr(network, "dtype", None)
+            known = (stored, own if isinstance(own, torch.dtype) else stored)
+            self._dtypes[id(network)] = known
+        return known[1]
+
     def _fields(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         """Batched fields in the network's dtype beside the shared ones."""
         fields = {
@@ -307,15 +325,6 @@ def _host(t: Time) -> Any:
         t = t.detach().cpu().numpy()
     rows = np.asarray(t, dtype=np.float64)
     return float(rows) if rows.ndim == 0 else rows
-
-
-def _dtype(network: Any, default: torch.dtype) -> torch.dtype:
-    if not isinstance(network, nn.Module):
-        return default
-    own = getattr(network, "dtype", None)  # Diffusers models answer for quantisation and layerwise casting
-    if isinstance(own, torch.dtype):
-        return own
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
 
 
 def _device(network: Any) -> torch.device:

@@ -81,7 +81,9 @@ def test_learned_variance_is_split_off(x: Tensor) -> None:
 
 
 def test_half_precision_networks_answer_in_float32(x: Tensor) -> None:
-    d = denoiser(transformer().to(torch.bfloat16))
+    d = denoiser()
+    assert d.denoise(x, 0.5).output.dtype == d.dtype == torch.float32
+    d.nets["main"].to(torch.bfloat16)
     assert d.dtype == torch.bfloat16
     output = d.denoise(x, 0.5).output
     assert output.dtype == torch.float32

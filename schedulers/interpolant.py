@@ -174,7 +174,6 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         None returns to ``config.seed``.  A list makes every sample independent of its batch.
         """
         self._noise = StepNoise(self.config.seed if generator is None else generator)
-        self._noise.restart()
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself."""

@@ -33,12 +33,13 @@ class StepNoise:
             for entry in generator:
                 _check_entry(entry)
         self._generator = generator
-        self._run = -1
+        self._run = 0
         self._seeds: int | list[int] | None = None
 
     def restart(self) -> None:
-        """Begin the next run."""
-        self._run += 1
+        """Begin the next run, unless nothing has been drawn in this one."""
+        if self._seeds is not None:
+            self._run += 1
         self._seeds = None
 
     def draw(self, sample: Tensor, step: int) -> Tensor:

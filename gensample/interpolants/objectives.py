@@ -39,7 +39,9 @@ def sample_times(
     variates = np.asarray(variates, dtype=np.float64)
     if law == "uniform":
         if not np.all((variates >= 0) & (variates <= 1)):
-            raise ValueError(f"variates={variates} of law='uniform' must lie in [0, 1)")
+            raise ValueError(
+                f"variates of law='uniform' must lie in [0, 1), found {np.min(variates)} to {np.max(variates)}"
+            )
         times = variates
     elif law == "logit_normal":
         if not (math.isfinite(mean) and 0 < std < math.inf and np.all(np.isfinite(variates))):

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from torch import Tensor
@@ -87,7 +88,8 @@ def advance(
 
 def uniform_times(num_inference_steps: int, *, shift: float = 1.0) -> tuple[float, ...]:
     """N + 1 times from 0 to 1: sigma = 1 - t uniform, then sigma -> shift sigma/(1 + (shift - 1) sigma)."""
-    if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps:
+    whole = isinstance(num_inference_steps, Real) and float(num_inference_steps).is_integer()
+    if isinstance(num_inference_steps, bool) or not whole:
         raise ValueError(f"num_inference_steps={num_inference_steps!r} must be a whole number")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")

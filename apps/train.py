@@ -29,7 +29,6 @@ def run(namespace: Any) -> int:
     try:
         recipe = read_recipe(namespace.recipe, list(namespace.overrides))
         trainer = _prepare(recipe)
-        trainer.resume()
     except (ValueError, OSError) as error:
         print(f"gensample train: {error}", file=sys.stderr)
         return 2
@@ -43,10 +42,11 @@ def run(namespace: Any) -> int:
 
 
 def _prepare(recipe: Recipe) -> Trainer:
-    """Read the data and set up the loop; writes nothing but the (empty) output folder."""
+    """Read the data, set up the loop and take up its checkpoint; makes the output folder when all is well."""
     from pathlib import Path
 
     from gensample.training.batches import FixedBatches, ShuffledImages
+    from gensample.training.export import chosen_weights
     from gensample.training.loop import Trainer
     from gensample.training.recipe import check_images
     from gensample.training.validation import Validation
@@ -59,9 +59,7 @@ def _prepare(recipe: Recipe) -> Trainer:
         check_images(recipe.model, held_out)
         fixed = FixedBatches(held_out, recipe.loss.draw_validation, seed=0, batch_size=500)
         callbacks.append(Validation(fixed, recipe.loss))
-    if not config.estimate_only:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    return Trainer(
+    trainer = Trainer(
         recipe.model,
         recipe.loss,
         ShuffledImages(images, recipe.loss.draw, seed=config.seed, batch_size=config.batch_size),
@@ -71,6 +69,11 @@ def _prepare(recipe: Recipe) -> Trainer:
         callbacks=callbacks,
         notes={"recipe": recipe.settings, "classes": list(images.class_names)},
     )
+    chosen_weights(recipe.export, trainer.ema, {})  # an unknown choice should not wait for the end of the run
+    if not config.estimate_only:
+        trainer.resume()
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    return trainer
 
 
 def _train(recipe: Recipe, trainer: Trainer) -> int:

@@ -72,8 +72,7 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: unreadable YAML, unknown keys or classes, values of the wrong type or out of range.
     """
     _check_classes(path)
-    for text in overrides:
-        _check_override(text)
+    _check_overrides(overrides)
     parser = recipe_parser()
     try:
         settings = parser.parse_args(["--config", path, *overrides])
@@ -137,10 +136,13 @@ def _check_classes(path: str) -> None:
             _check_class(f"{path}: {section}", value["class_path"])
 
 
-def _check_override(text: str) -> None:
-    name, separator, value = text.partition("=")
-    if separator and name.endswith("class_path"):
-        _check_class(name, value)
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for position, text in enumerate(overrides):
+        name, joined, value = text.partition("=")
+        if name == "--config":
+            raise RecipeError("--config: one recipe a run; change single keys with --section.key value")
+        if name in ("--model", "--loss", "--data") or name.endswith("class_path"):
+            _check_class(name, value if joined else next(iter(overrides[position + 1 :]), None))
 
 
 def _check_class(where: str, name: object) -> None:

@@ -166,7 +166,9 @@ def test_the_schedule_multiplies_the_rate_of_every_group(tmp_path: Path) -> None
 
     schedule = ScheduleConfig(decay="linear", warmup_steps=1)
     options = {"parameter_groups": groups}
-    tiny_trainer(tmp_path, steps=4, evaluate_every=1, schedule=schedule, callbacks=[note], options=options).run()
+    tiny_trainer(
+        tmp_path, steps=4, evaluate_every=1, schedule=schedule, callbacks=[note], options=options
+    ).run()
     expected = [0.5, 1.0, 2 / 3, 1 / 3]
     torch.testing.assert_close(torch.tensor(seen), 1e-2 * torch.tensor([[4 * f, f] for f in expected]))
 

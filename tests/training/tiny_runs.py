@@ -68,7 +68,10 @@ def tiny_trainer(
     defaults |= {"log_every": 1, "evaluate_every": 5, "checkpoint_every": 5}
     config = TrainingConfig(output_dir=str(output_dir), steps=steps, **{**defaults, **training})
     if validate:
-        callbacks = [Validation(FixedBatches(data, loss.draw_validation, seed=0, batch_size=20), loss), *callbacks]
+        callbacks = [
+            Validation(FixedBatches(data, loss.draw_validation, seed=0, batch_size=20), loss),
+            *callbacks,
+        ]
     return Trainer(
         model or tiny_dit(),
         loss,

@@ -2,9 +2,9 @@
 
 The global generators are watched around each test.  A test that needs torch's (a DataLoader, a dropout layer, a
 model of another library that draws in its constructor) says so with ``@pytest.mark.uses_global_rng``: it starts
-at seed 0 and the state is put back.  The initialisers of ``torch.nn.init`` are no such case: for the length of
-the session their default is a generator of their own, reset before each test, so a model built in a test has the
-same weights whichever tests ran before it.
+at seed 0 and the state is put back.  The initialisers of ``torch.nn.init`` are no such case: here their
+default is a generator of their own, reset before each test, so a model built in a test has the same weights
+whichever tests ran before it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,32 @@ import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# ---------------------------------------------------------------------------------------------------------------
+# Initialisers of torch.nn.init draw from a generator of the tests'.
+
+_init_generator = torch.Generator()
+
+
+def _with_own_generator(initialise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(initialise)
+    def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = kwargs.get("generator") or any(isinstance(value, torch.Generator) for value in args)
+        if tensor.device.type == "cpu" and not given:
+            kwargs["generator"] = _init_generator
+        return initialise(tensor, *args, **kwargs)
+
+    return wrapped
+
+
+# Here, not in a fixture: transformers and Diffusers keep the functions they find when they are imported, and put
+# those back after each from_pretrained.
+for _name in (
+    "kaiming_normal_ kaiming_uniform_ normal_ orthogonal_ sparse_ trunc_normal_ uniform_ xavier_normal_ "
+    "xavier_uniform_"
+).split():
+    setattr(torch.nn.init, _name, _with_own_generator(getattr(torch.nn.init, _name)))
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # The folders behind the symlinks are gensample.pipelines and so on, and nothing else: a second copy of a module
@@ -107,31 +133,6 @@ def no_network() -> Iterator[list[str]]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # No draw from a global generator.
-
-_INITIALISERS = (
-    "kaiming_normal_ kaiming_uniform_ normal_ orthogonal_ sparse_ trunc_normal_ uniform_ xavier_normal_ "
-    "xavier_uniform_"
-).split()
-_init_generator = torch.Generator()
-
-
-def _with_own_generator(initialise: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(initialise)
-    def wrapped(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if tensor.device.type == "cpu":
-            kwargs.setdefault("generator", _init_generator)
-        return initialise(tensor, *args, **kwargs)
-
-    return wrapped
-
-
-@pytest.fixture(scope="session", autouse=True)
-def initialisers_with_own_generator() -> Iterator[None]:
-    """Let ``torch.nn.init`` draw from a generator of the tests' instead of the global one."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in _INITIALISERS:
-            patch.setattr(torch.nn.init, name, _with_own_generator(getattr(torch.nn.init, name)))
-        yield
 
 
 @pytest.hookimpl(tryfirst=True)

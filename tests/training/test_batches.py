@@ -38,7 +38,7 @@ def test_the_rows_of_all_processes_together_are_the_global_batch(processes: int,
 def test_seed_step_purpose_and_name_key_the_streams() -> None:
     here = _draws(slice(0, 12))
     for other in ({"step": 5}, {"seed": 2}, {"purpose": "validation"}):
-        there = _draws(slice(0, 12), **other)  # type: ignore[arg-type]
+        there = _draws(slice(0, 12), **other)
         assert all(not np.array_equal(here[name], there[name]) for name in here)
     assert not np.array_equal(Draws(1, 4, 12, slice(0, 12)).uniform("a"), here["uniform"])
 

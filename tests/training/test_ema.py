@@ -65,7 +65,7 @@ def test_buffers_are_copied() -> None:
     layer = _linear(1.0)
     layer.register_buffer("count", torch.tensor(7))
     ema = ExponentialAverage(layer, [0.5])
-    layer.count += 1
+    layer.get_buffer("count").add_(1)
     assert int(ema.state_dict(0.5)["count"]) == 8
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gensample.training import ClassificationLoss, Draws, InterpolantLoss
+from gensample.training.batches import Batch
 from gensample.training.losses import shift_and_flip
 
 ROWS = slice(0, 6)
@@ -24,7 +25,7 @@ class _Spy:
         return (self.answer,)
 
 
-def _batch(loss: InterpolantLoss) -> dict[str, object]:
+def _batch(loss: InterpolantLoss) -> Batch:
     draws = Draws(5, 9, 6, ROWS)
     images = torch.from_numpy(
         np.random.Generator(np.random.Philox(key=1)).integers(0, 256, (6, 1, 4, 4), np.uint8)
@@ -35,16 +36,16 @@ def _batch(loss: InterpolantLoss) -> dict[str, object]:
 def test_the_network_sees_the_linear_path_and_regresses_on_its_flow() -> None:
     loss = InterpolantLoss(label_dropout=0.5)
     batch = _batch(loss)
-    x0 = batch["images"].float() / 127.5 - 1  # type: ignore[attr-defined]
-    noise, t = batch["noise"], torch.from_numpy(batch["times"])  # type: ignore[arg-type]
-    spy = _Spy(noise - x0)  # type: ignore[operator]
+    x0 = batch["images"].float() / 127.5 - 1
+    noise, t = batch["noise"], torch.from_numpy(batch["times"])
+    spy = _Spy(noise - x0)
     assert float(loss(spy, batch).loss.max()) < 1e-10  # the exact flow has no loss
     rows = t.float()[:, None, None, None]
     torch.testing.assert_close(spy.x_t, (1 - rows) * noise + rows * x0, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(spy.timestep, (1000 * (1 - t)).float())
     assert spy.kwargs["class_labels"] is batch["labels"]
     assert spy.kwargs["label_drop"] is batch["label_drop"]
-    spy.answer = noise - x0 + torch.arange(6.0)[:, None, None, None]  # type: ignore[operator]
+    spy.answer = noise - x0 + torch.arange(6.0)[:, None, None, None]
     torch.testing.assert_close(loss(spy, batch).loss, torch.arange(6.0).square())  # mean square of each row
 
 

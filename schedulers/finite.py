@@ -5,6 +5,8 @@ Shapes: B = rows, ... = latent shape.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,13 @@ class FiniteGuard:
 
         Raises FloatingPointError naming step, noise level and sample of the first non-finite output.
         """
-        # One reduction a step: a row's float32 sum is finite unless an entry is not, or the row has diverged.
-        sums = output.detach().flatten(1).sum(dim=1, dtype=torch.promote_types(output.dtype, torch.float32))
-        self._seen.append((step, sigma, sums))
-        if output.device.type != "cpu" and not last:
+        # One reduction a step: a float32 sum is finite unless an entry is not, or the row has diverged.
+        output, dtype = output.detach(), torch.promote_types(output.dtype, torch.float32)
+        on_cpu = output.device.type == "cpu"
+        if on_cpu and math.isfinite(float(output.sum(dtype=dtype))):
+            return
+        self._seen.append((step, sigma, output.flatten(1).sum(dim=1, dtype=dtype)))
+        if not on_cpu and not last:
             return
         seen, self._seen = self._seen, []
         finite = torch.stack([torch.isfinite(s) for _, _, s in seen]).cpu()

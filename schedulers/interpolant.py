@@ -202,12 +202,13 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if count is not None and sigmas is timesteps is None and self.config.timestep_spacing == "trailing":
             sigmas = np.linspace(1.0, 1.0 / count, int(count)).tolist()
         self._levels.set_timesteps(count, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        times = self._times_of(self._levels.sigmas)
+        solver = self._make_solver(times)
+        level = {t: i for i, t in enumerate(times)}
+        stages = [level[t] for t in solver.stage_times]
+        self._times, self._solver = times, solver
+        self.num_inference_steps = len(times) - 1
         self.sigmas = self._levels.sigmas
-        self._times = self._times_of(self.sigmas)
-        self._solver = self._make_solver(self._times)
-        self.num_inference_steps = len(self._times) - 1
-        level = {t: i for i, t in enumerate(self._times)}
-        stages = [level[t] for t in self._solver.stage_times]
         self.timesteps = self._levels.timesteps[stages].to(device)
         self._begin_index = None
         self._noise.restart()

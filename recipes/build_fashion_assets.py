@@ -118,10 +118,11 @@ def read_model(cls: type[Any], run: Path) -> Any:
 def write_pipeline(run: Path, folder: Path, figures: Mapping[str, Any]) -> None:
     """The DiT of ``run`` as a ``ClassConditionalPipeline`` folder."""
     pipe = ClassConditionalPipeline(
-        halved(read_model(DiT, run)), StochasticInterpolantScheduler(), list(FASHION_CLASSES)
+        halved(read_model(DiT, run)), StochasticInterpolantScheduler(solver="exp2m", diffusion_scale=0.5), list(FASHION_CLASSES)
     )
     with whole_folder(folder) as part:
         pipe.save_pretrained(part)
+        forget_origin(part / "transformer")
         write_card(part, folder.name, run, figures)
 
 
@@ -129,7 +130,16 @@ def write_model(cls: type[Any], run: Path, folder: Path, figures: Mapping[str, A
     """The model of ``run`` alone."""
     with whole_folder(folder) as part:
         halved(read_model(cls, run)).save_pretrained(part, safe_serialization=True)
+        forget_origin(part)
         write_card(part, folder.name, run, figures)
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the path of the training run, a folder of this machine, out of the model's configuration."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_statistics(classifier: Classifier, splits: Mapping[str, LabelledImages], folder: Path) -> float:

@@ -147,10 +147,10 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has {unknown}; use {self._callback_tensor_inputs}"
             )
-        denoiser, noise = self._prepare(class_labels, guidance_scale, guidance, generator, sample_ids)
+        denoiser, noise = self._prepare(
+            class_labels, guidance_scale, guidance, generator, sample_ids, latents
+        )
         batches = _batches(len(noise), batch_size)
-        if latents is not None and len(latents) != len(noise):
-            raise ValueError(f"latents has {len(latents)} rows for {len(noise)} labels; give one per image")
         finished: list[Tensor] = []
         self._interrupt = False
         start = partial(self._start, denoiser, noise, solver, num_inference_steps, diffusion, latents)
@@ -191,7 +191,9 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         the images, and ``denoiser.decode(state.latents)`` of the last state the result; closing the iterator
         cancels the run. ``guidance_scale``, ``guidance`` and ``state.latents`` may be set between steps.
         """
-        denoiser, noise = self._prepare(class_labels, guidance_scale, guidance, generator, sample_ids)
+        denoiser, noise = self._prepare(
+            class_labels, guidance_scale, guidance, generator, sample_ids, latents
+        )
         rows = slice(0, len(noise))
         return self._freeing(
             self._start(denoiser, noise, solver, num_inference_steps, diffusion, latents, rows)
@@ -204,12 +206,15 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         guidance: Guidance | None,
         generator: GeneratorLike,
         sample_ids: Sequence[int] | None,
+        latents: Tensor | None,
     ) -> tuple[Denoiser, NoiseStream]:
         if guidance is not None and guidance_scale != 1.0:
             raise ValueError(f"give guidance_scale={guidance_scale} or guidance={guidance!r}, not both")
         self.guidance_scale, self.guidance = guidance_scale, guidance
         denoiser = denoiser_from_pipeline(self, class_labels=class_labels)
         count = denoiser.conditioning.batch_size
+        if latents is not None and len(latents) != count:
+            raise ValueError(f"latents has {len(latents)} rows for {count} labels; give one per image")
         return denoiser, NoiseStream.from_generator(generator, count, sample_ids=sample_ids)
 
     def _start(

@@ -67,7 +67,11 @@ class PipelineSource:
             call["prompt"] = [self.prompts[i % len(self.prompts)] for i in indices]
         else:
             call["batch_size"] = len(indices)
-        images = np.asarray(self.pipeline(**call, output_type="np").images, dtype=np.float32)
+        # Some Diffusers pipelines (DiT, SD3) hand the scheduler no generator: a stochastic one then draws from
+        # the global one. Seed a copy of that, so that the chunk is still reproducible.
+        with torch.random.fork_rng():
+            torch.manual_seed(_image_seed(self.seed, indices[0]))
+            images = np.asarray(self.pipeline(**call, output_type="np").images, dtype=np.float32)
         if images.ndim != 4 or images.shape[0] != len(indices):
             raise RuntimeError(f"{self.label}: expected {len(indices)} images, got shape {images.shape}")
         if not np.isfinite(images).all():

@@ -10,7 +10,6 @@ Shapes: M rows of a micro-batch, C channels, H × W pixels; levels in 0..255.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,11 +88,14 @@ def load_chunks(
         for chunk in chunks:
             yield _collect(shape, [prepare(image) for image in source.sample(chunk)])
         return
-    mine = [index for chunk in chunks for index in chunk]
-    with _one_thread_if(num_workers == 0):
-        rows = _rows(_Images(source, mine, prepare), batch_size, num_workers)
+    if num_workers == 0:
         for chunk in chunks:
-            yield _collect(shape, [next(rows) for _ in chunk])
+            yield _collect(shape, _read_here(_Images(source, chunk, prepare)))
+        return
+    mine = [index for chunk in chunks for index in chunk]
+    rows = _read_in_workers(_Images(source, mine, prepare), batch_size, num_workers)
+    for chunk in chunks:
+        yield _collect(shape, [next(rows) for _ in chunk])
 
 
 class _Images(Dataset[Tensor | tuple[str, str]]):
@@ -113,10 +115,19 @@ class _Images(Dataset[Tensor | tuple[str, str]]):
             return self.source.name(index), str(refusal)
 
 
-def _rows(images: _Images, batch_size: int, num_workers: int) -> Iterator[Tensor | tuple[str, str]]:
-    if num_workers == 0:
-        yield from (images[i] for i in range(len(images)))
-        return
+def _read_here(images: _Images) -> list[Tensor | tuple[str, str]]:
+    """Read on one thread, as a worker process does, so that the number of workers changes no bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [images[i] for i in range(len(images))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _read_in_workers(
+    images: _Images, batch_size: int, num_workers: int
+) -> Iterator[Tensor | tuple[str, str]]:
     loader = DataLoader(
         images,
         batch_size=batch_size,
@@ -169,20 +180,6 @@ def first_size(source: ImageSource | SampledSource, indices: Sequence[int]) -> t
         except ImageRefused:
             continue
     raise InputError(f"{source.label}: none of the images can be read")
-
-
-@contextmanager
-def _one_thread_if(condition: bool) -> Iterator[None]:
-    """Resize on one thread, as a worker process does, so that the number of workers changes no bit."""
-    if not condition:
-        yield
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _grey(levels: Tensor) -> Tensor:

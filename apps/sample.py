@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -68,8 +67,8 @@ def _sample(ns: Any, w: World) -> None:
 
     options = _options(ns)
     _check_outputs(ns, w)
-    pipe = _class_conditional(load_quietly(ns.model, revision=ns.revision), ns.model)
-    pipe.to(_device(ns.device, w))
+    pipe = class_conditional(load_quietly(ns.model, revision=ns.revision), ns.model)
+    pipe.to(device_of(ns.device, w))
     started = time.monotonic()
     kinds = denoiser_from_pipeline(pipe, class_labels=parse_labels(ns.labels, pipe.labels))
     classes = kinds.conditioning.batched["class_labels"].tolist()
@@ -114,8 +113,6 @@ def _options(ns: Any) -> DrawOptions:
     for name in ("steps", "per_label", "batch_size"):
         if getattr(ns, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(ns, name)} must be at least 1")
-    if not math.isfinite(ns.scale):
-        raise ValueError(f"--scale {ns.scale} must be a finite number")
     if ns.solver is not None and ns.solver not in SOLVERS:
         raise ValueError(f"--solver {ns.solver} is unknown; use one of {', '.join(SOLVERS)}")
     if ns.diffusion is not None and ns.solver not in STOCHASTIC_SOLVERS:
@@ -167,7 +164,8 @@ def _check_outputs(ns: Any, w: World) -> None:
         raise InputError(problem)
 
 
-def _class_conditional(pipe: Any, name: str) -> Any:
+def class_conditional(pipe: Any, name: str) -> Any:
+    """``pipe`` itself; raises ValueError unless it draws by class labels."""
     import inspect
 
     if not hasattr(pipe, "labels") or "class_labels" not in inspect.signature(pipe.__call__).parameters:
@@ -175,7 +173,8 @@ def _class_conditional(pipe: Any, name: str) -> Any:
     return pipe
 
 
-def _device(text: str, w: World) -> str:
+def device_of(text: str, w: World) -> str:
+    """The device called ``text``; "auto" is this process's GPU, else the CPU."""
     import torch
 
     if text != "auto":

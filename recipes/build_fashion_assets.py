@@ -41,11 +41,11 @@ TITLES = {
 }
 USES = {
     "fashion": 'pipe = gensample.load("fashion")\nimages = pipe(class_labels=[3, "bag"], generator=7).images',
-    "fashion_weak": 'weak = gensample.load("fashion_weak")      # net "weak" of a denoiser',
+    "fashion_weak": 'weak = gensample.load("fashion_weak")  # net "weak" of a denoiser',
     "fashion_classifier_a": 'classifier = gensample.load("fashion_classifier_a")\n'
-    "log_prob = classifier.log_prob(images, labels)      # images (B, 1, 28, 28) in [0, 1]",
+    "log_prob = classifier.log_prob(images, labels)  # images (B, 1, 28, 28) in [0, 1]",
     "fashion_classifier_b": 'classifier = gensample.load("fashion_classifier_b")\n'
-    "features = classifier.features(images)              # images (B, 1, 28, 28) in [0, 1]",
+    "features = classifier.features(images)  # images (B, 1, 28, 28) in [0, 1]",
 }
 LIMITS = {
     "fashion": "28 x 28 grey pictures of ten kinds of clothes; a test bed for methods, not an image generator.",
@@ -118,7 +118,9 @@ def read_model(cls: type[Any], run: Path) -> Any:
 def write_pipeline(run: Path, folder: Path, figures: Mapping[str, Any]) -> None:
     """The DiT of ``run`` as a ``ClassConditionalPipeline`` folder."""
     pipe = ClassConditionalPipeline(
-        halved(read_model(DiT, run)), StochasticInterpolantScheduler(solver="exp2m", diffusion_scale=0.5), list(FASHION_CLASSES)
+        halved(read_model(DiT, run)),
+        StochasticInterpolantScheduler(solver="exp2m", diffusion_scale=0.5),
+        list(FASHION_CLASSES),
     )
     with whole_folder(folder) as part:
         pipe.save_pretrained(part)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
-from gensample.guidance import Guidance
+from gensample.guidance import DenoiserCalls, Guidance
 from gensample.interpolants import convert
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
@@ -85,9 +85,7 @@ def walk(
     num_steps = len(solver.times) - 1
     num_stages = len(solver.stage_times)
 
-    def denoise(x: Tensor, t: float | Tensor, c: Conditioning, net: str = "main") -> Tensor:
-        return denoiser.denoise(x, t, c, net=net).output
-
+    denoise = DenoiserCalls(denoiser)
     memory: object = None
     answer: tuple[Tensor, tuple[Tensor, float], dict[str, Tensor]]
     guard = FiniteGuard()

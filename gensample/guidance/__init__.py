@@ -1,6 +1,30 @@
 """Guidance rules: functions from network answers to the output a solver integrates."""
 
-from gensample.guidance.base import Denoise, Guidance, Guided
+from gensample.guidance.autoguidance import Autoguidance
+from gensample.guidance.base import Denoise, DenoiserCalls, Guidance, Guided
 from gensample.guidance.cfg import CFG
+from gensample.guidance.classifier import ClassifierGuidance
+from gensample.guidance.gfcg import GFCG
+from gensample.guidance.posterior import (
+    ClassifierPosterior,
+    NoiseAwarePosterior,
+    Posterior,
+    check_label_map,
+)
+from gensample.guidance.terms import Projection
 
-__all__ = ["CFG", "Denoise", "Guidance", "Guided"]
+__all__ = [
+    "CFG",
+    "GFCG",
+    "Autoguidance",
+    "ClassifierGuidance",
+    "ClassifierPosterior",
+    "Denoise",
+    "DenoiserCalls",
+    "Guidance",
+    "Guided",
+    "NoiseAwarePosterior",
+    "Posterior",
+    "Projection",
+    "check_label_map",
+]

@@ -1,6 +1,6 @@
 """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598).
 
-    output = null + scale (conditional - null)
+    output = null + scale (conditional - null) = conditional + (scale - 1) (conditional - null)
 
 The weights sum to one, so the rule acts on native outputs of any prediction type.
 """
@@ -15,38 +15,55 @@ from torch import Tensor
 
 from gensample.denoisers import Conditioning
 from gensample.guidance.base import Denoise, Guided
+from gensample.guidance.terms import Finish, Interval, Projection, checked_interval, contrast, inside
 
 
 @dataclass(frozen=True)
 class CFG:
     """Classifier-free guidance with ``scale`` (1 is the conditional model, 0 the unconditional one).
 
+    interval: (low, high); guidance acts at noise levels low < 1 - t <= high, elsewhere the conditional model runs
+    alone.  rescale: see ``Finish``.  projection: see ``Projection`` (anchored at the conditional output).
+
     Without gradients both branches run as one doubled batch.  With gradients the null branch is evaluated apart
     and detached: the guided output is then the policy, trained through its conditional branch.
     """
 
     scale: float
+    interval: Interval | None = None
+    rescale: float = 0.0
+    projection: Projection | None = None
     has_memory = False
 
     def __post_init__(self) -> None:
-        """Refuse scales that are not finite numbers."""
+        """Refuse scales that are not finite numbers, and intervals that are empty."""
         if not math.isfinite(self.scale):
             raise ValueError(f"scale={self.scale} must be finite (1 switches classifier-free guidance off)")
+        checked_interval(self.interval)
+        Finish(self.rescale, self.projection)
+
+    def weights(self, t: float | Tensor, rows: int) -> Tensor:
+        """scale - 1 for rows inside the interval, else 0: (B,) float64."""
+        return inside(t, self.interval, rows).double() * (self.scale - 1.0)
 
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
     ) -> Guided:
         """One network call at scale 0 or 1, else two rows per sample."""
-        if self.scale == 1.0:
-            return Guided(denoise(x, t, cond))
-        if self.scale == 0.0:
+        plain = self.rescale == 0.0 and self.projection is None
+        if plain and self.scale == 0.0 and self.interval is None:
             return Guided(denoise(x, t, cond.null()))
-        if torch.is_grad_enabled():
+        weight = self.weights(t, len(x)).to(x.device)
+        if not bool(weight.any()):
+            return Guided(denoise(x, t, cond))
+        if torch.is_grad_enabled() or not bool(weight.all()):
             conditional = denoise(x, t, cond)
-            with torch.no_grad():
-                null = denoise(x, t, cond.null())
+            delta = contrast(x, t, denoise, conditional, cond.null(), weight)
         else:
             doubled = Conditioning.cat([cond, cond.null()])
-            times = torch.cat([t, t]) if isinstance(t, Tensor) else t
+            times = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
             conditional, null = denoise(torch.cat([x, x]), times, doubled).chunk(2)
-        return Guided(null + self.scale * (conditional - null))
+            if plain:
+                return Guided(null + self.scale * (conditional - null))
+            delta = (self.scale - 1.0) * (conditional - null)
+        return Guided(Finish(self.rescale, self.projection)(x, t, denoise, conditional, delta, weight))

@@ -1,0 +1,243 @@
+"""Gradient-free classifier guidance, in the style of Shenoy et al., arXiv 2411.15393.
+
+For exact denoisers D_k and p_k = p(k | x_t), Bayes' rule gives, with D_null = sum_k p_k D_k,
+
+    sigma^2 grad log p(c | x_t) = D_c - D_null = sum_{k != c} p_k (D_c - D_k)                        (2)
+
+Its largest term r = argmax_{k != c} p_k, given the weight of all of them, is
+
+    sigma^2 grad log p(c | x_t) ~ (1 - p_c) (D_c - D_r)          exact for two classes               (4)
+    output = D_c + g (D_c - D_r),    g = min(g_max, gamma (1 - p_c)),    g = 0 where 1 - p_c <= tau
+
+so a classifier in inference mode chooses a reference class and a scale for every sample at every evaluation.  A
+constant g would not fade once a sample is safely in its class, and diverges.  Weights sum to one: native outputs
+will do; x0 is formed for the classifier alone.  The paper's own scale formula, interval and combination could not
+be read; every such choice is a parameter, and (4) is our derivation.
+
+Shapes: B rows, K classes; log_p (B, K) float64; target, reference (B,) long; scale (B,) float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gensample.denoisers import Conditioning
+from gensample.guidance.autoguidance import Autoguidance
+from gensample.guidance.base import Denoise, Guided
+from gensample.guidance.cfg import CFG
+from gensample.guidance.posterior import Posterior, target_classes
+from gensample.guidance.terms import (
+    Finish,
+    Interval,
+    Projection,
+    checked_interval,
+    choose_rows,
+    contrast,
+    inside,
+)
+
+ReferenceRule = Literal["runner_up", "top"]
+ScaleFunction = Literal["confusion", "pairwise", "sqrt", "gate", "reference", "entropy", "constant"]
+Combination = Literal["switch", "flip", "add"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the classifier decided: target c, reference r, p_c, g, and whether the row is confused; all (B,)."""
+
+    target: Tensor
+    reference: Tensor
+    confidence: Tensor
+    scale: Tensor
+    confused: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GFCG:
+    """GFCG-style guidance, alone or combined with CFG or autoguidance.
+
+    posterior: class probabilities, ``ClassifierPosterior(classifier)`` in the usual case; its classes are the
+        entries of the conditioning's reference table (all labels, or ``reference_prompts``), in this order.
+    gamma, scale_function, threshold (tau), max_scale (g_max): the scale, see :func:`guidance_scale`.
+    reference: "runner_up" (the likeliest class but c) or "top" (the likeliest; none if that is c).
+    max_entropy: rows whose entropy exceeds this share of log K are left alone, because such a classifier knows
+        nothing; None switches the guard off.
+    interval: (low, high) noise levels 1 - t in which the rule acts; outside the conditional model runs alone.
+    base, combine: a CFG or Autoguidance rule for
+        "switch"  confused rows contrast with class r at scale g, the others do what base does: two network rows.
+                  With autoguidance class r goes to the weak network, D_c - D0_r = (D_c - D0_c) + (D0_c - D0_r);
+        "flip"    as "switch", but confused rows keep the scale of base;
+        "add"     both contrasts: up to three network rows.
+    lagged: decide by the probabilities of the previous evaluation; the first one is conditional.
+    rescale, projection: of the sum; see ``Finish``.
+    """
+
+    posterior: Posterior
+    gamma: float = 2.0
+    scale_function: ScaleFunction = "confusion"
+    reference: ReferenceRule = "runner_up"
+    threshold: float = 0.05
+    max_scale: float = 4.0
+    max_entropy: float | None = 0.95
+    interval: Interval | None = None
+    base: CFG | Autoguidance | None = None
+    combine: Combination = "switch"
+    lagged: bool = False
+    rescale: float = 0.0
+    projection: Projection | None = None
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        for name, options in (
+            ("scale_function", ScaleFunction), ("reference", ReferenceRule), ("combine", Combination),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(options):
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {get_args(options)}")
+        if not (math.isfinite(self.gamma) and self.gamma >= 0):
+            raise ValueError(f"gamma={self.gamma} must be finite and not negative (0 switches GFCG off)")
+        if not 0.0 <= self.threshold < 1.0:
+            raise ValueError(f"threshold={self.threshold} must lie in [0, 1)")
+        if not self.max_scale > 0:
+            raise ValueError(f"max_scale={self.max_scale} must be positive (inf never caps)")
+        checked_interval(self.interval)
+        Finish(self.rescale, self.projection)
+        base = self.base
+        if base is not None and (base.rescale or base.projection is not None):
+            raise ValueError("give rescale and projection to GFCG, not to base: they follow the sum")
+
+    @property
+    def has_memory(self) -> bool:
+        """Lagged decisions carry log-probabilities (B, K) from evaluation to evaluation."""
+        return self.lagged
+
+    def __call__(
+        self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
+    ) -> Guided:
+        """The guided output; ``info`` holds confidence (p_c), reference (r) and scale (the weight used), (B,)."""
+        if isinstance(self.base, Autoguidance):
+            self.base.prepare(denoise)
+        active = inside(t, self.interval, len(x)).to(x.device)
+        conditional = denoise(x, t, cond)
+        idle = self.gamma == 0.0 and self.base is None
+        if idle or not bool(active.any()):
+            return Guided(conditional, state)
+        log_p = state if self.lagged else self.posterior(x, t, conditional, denoise)
+        memory = self.posterior(x, t, conditional, denoise) if self.lagged else None
+        if log_p is None:
+            return Guided(conditional, memory)
+        assert isinstance(log_p, Tensor)
+        decision = self.decide(log_p.to(x.device), cond)
+        delta, weight = self._delta(x, t, denoise, cond, conditional, decision, active)
+        info = {"confidence": decision.confidence, "reference": decision.reference, "scale": weight}
+        if not bool(weight.any()):
+            return Guided(conditional, memory, info)
+        finish = Finish(self.rescale, self.projection)
+        return Guided(finish(x, t, denoise, conditional, delta, weight), memory, info)
+
+    def decide(self, log_p: Tensor, cond: Conditioning) -> Decision:
+        """Reference and scale of every row from log-probabilities (B, K).
+
+        Raises ValueError where K is not the size of the reference table.
+        """
+        if log_p.shape[1] != cond.num_references:
+            raise ValueError(
+                f"the classifier has {log_p.shape[1]} classes and the reference table {cond.num_references}"
+            )
+        target = target_classes(cond).to(log_p.device)
+        reference = reference_class(log_p, target)
+        scale = guidance_scale(
+            log_p, target, reference, scale_function=self.scale_function, gamma=self.gamma,
+            threshold=self.threshold, max_scale=self.max_scale, max_entropy=self.max_entropy,
+        )  # fmt: skip
+        log_c = log_p.gather(1, target[:, None])[:, 0]
+        confused = -torch.expm1(log_c) > self.threshold
+        if self.max_entropy is not None:
+            confused = confused & (normalised_entropy(log_p) <= self.max_entropy)
+        if self.reference == "top":
+            confused = confused & (log_p.argmax(1) != target)
+        scale = torch.where(confused, scale, torch.zeros_like(scale))
+        return Decision(target, reference, log_c.exp(), scale, confused)
+
+    def _delta(
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        denoise: Denoise,
+        cond: Conditioning,
+        conditional: Tensor,
+        d: Decision,
+        active: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of weighted contrasts (B, ...), and of their weights (B,)."""
+        own = d.scale * active
+        classes = cond.with_reference(torch.where(d.confused, d.reference, d.target))
+        if self.base is None:
+            return contrast(x, t, denoise, conditional, classes, own), own
+        guided = self.base.weights(t, len(x)).to(own) * active
+        net = "weak" if isinstance(self.base, Autoguidance) else "main"
+        if self.combine == "add":
+            other = cond if net == "weak" else cond.null()
+            both = contrast(x, t, denoise, conditional, classes, own)
+            return both + contrast(x, t, denoise, conditional, other, guided, net=net), own + guided
+        weight = guided if self.combine == "flip" else torch.where(d.confused, own, guided)
+        if net == "main" and not bool(d.confused.all()):
+            classes = choose_rows(classes, cond.null(), d.confused)
+        return contrast(x, t, denoise, conditional, classes, weight, net=net), weight
+
+
+def reference_class(log_p: Tensor, target: Tensor) -> Tensor:
+    """r = argmax_{k != c} p_k, (B,) long; ties go to the lowest index, and r is never c.
+
+    Raises ValueError for K = 1, where there is no other class.
+    """
+    if log_p.shape[1] < 2:
+        raise ValueError("GFCG contrasts two classes; the classifier has only one")
+    others = log_p.clamp_min(torch.finfo(log_p.dtype).min)
+    return others.scatter(1, target[:, None], -math.inf).argmax(1)
+
+
+def guidance_scale(
+    log_p: Tensor,
+    target: Tensor,
+    reference: Tensor,
+    *,
+    scale_function: ScaleFunction = "confusion",
+    gamma: float = 2.0,
+    threshold: float = 0.05,
+    max_scale: float = 4.0,
+    max_entropy: float | None = 0.95,
+) -> Tensor:
+    """g = min(max_scale, gamma f), (B,), and 0 where 1 - p_c <= threshold or the entropy exceeds max_entropy log K.
+
+    f is one of: "confusion" 1 - p_c; "pairwise" p_r/(p_c + p_r); "sqrt" (1 - p_c)^(1/2); "gate" 1; "reference"
+    p_r; "entropy" H(p)/log K.  "constant" is 1 everywhere, threshold or not: it diverges and serves as a control.
+    """
+    log_c = log_p.gather(1, target[:, None])[:, 0]
+    log_r = log_p.gather(1, reference[:, None])[:, 0]
+    confusion = -torch.expm1(log_c)
+    if scale_function == "constant":
+        return torch.full_like(confusion, min(gamma, max_scale))
+    entropy = normalised_entropy(log_p)
+    values = {
+        "confusion": confusion,
+        "pairwise": torch.sigmoid(log_r - log_c),
+        "sqrt": confusion.clamp_min(0).sqrt(),
+        "gate": torch.ones_like(confusion),
+        "reference": log_r.exp(),
+        "entropy": entropy,
+    }
+    scale = (gamma * values[scale_function]).clamp(0.0, max_scale)
+    keep = confusion > threshold
+    if max_entropy is not None:
+        keep = keep & (entropy <= max_entropy)
+    return torch.where(keep, scale, torch.zeros_like(scale))
+
+
+def normalised_entropy(log_p: Tensor) -> Tensor:
+    """H(p)/log K in [0, 1], (B,)."""
+    return torch.special.entr(log_p.exp()).sum(1) / math.log(log_p.shape[1])

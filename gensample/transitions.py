@@ -101,7 +101,7 @@ class GaussianTransition:
                     "a deterministic transition has no log-probability; use a stochastic solver such as 'exp' "
                     "or 'em' with a positive diffusion scale (the last step is deterministic: do not score it)"
                 )
-            raise ValueError(f"std={self.std} must be positive")
+            raise ValueError(f"std={std.flatten().tolist()[:8]} (first entries) must be positive and not NaN")
         standard = (value - self.mean) / std
         terms = -0.5 * standard.square() - std.log() - 0.5 * math.log(2.0 * math.pi)
         if self.map == "log":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .errors import ImageRefused, InputError
 from .resize import ResizeMode, resize
@@ -92,10 +92,8 @@ def load_chunks(
         for chunk in chunks:
             yield _collect(shape, _read_here(_Images(source, chunk, prepare)))
         return
-    mine = [index for chunk in chunks for index in chunk]
-    rows = _read_in_workers(_Images(source, mine, prepare), batch_size, num_workers)
-    for chunk in chunks:
-        yield _collect(shape, [next(rows) for _ in chunk])
+    images = _Images(source, [index for chunk in chunks for index in chunk], prepare)
+    yield from _read_in_workers(images, [len(chunk) for chunk in chunks], shape, batch_size, num_workers)
 
 
 class _Images(Dataset[Tensor | tuple[str, str]]):
@@ -126,8 +124,9 @@ def _read_here(images: _Images) -> list[Tensor | tuple[str, str]]:
 
 
 def _read_in_workers(
-    images: _Images, batch_size: int, num_workers: int
-) -> Iterator[Tensor | tuple[str, str]]:
+    images: _Images, chunk_sizes: list[int], shape: tuple[int, ...], batch_size: int, num_workers: int
+) -> Iterator[Chunk]:
+    """Yield chunks of these sizes from loader batches of another size, copying only where they differ."""
     loader = DataLoader(
         images,
         batch_size=batch_size,
@@ -136,19 +135,28 @@ def _read_in_workers(
         # DataLoader draws a base seed at every start; give it a generator so the global one stays untouched.
         generator=torch.Generator(),
     )
-    for stacked, refused in loader:
-        kept = iter(stacked)
-        for refusal in refused:
-            yield refusal if refusal is not None else next(kept)
+    batches = iter(loader)
+    waiting: list[Tensor | tuple[str, str]] = []
+    for size in chunk_sizes:
+        while len(waiting) < size:
+            stacked, refused = next(batches)
+            if not waiting and len(stacked) == size == shape[0]:
+                yield Chunk(stacked, torch.ones(size, dtype=torch.bool))
+                break
+            kept = iter(stacked)
+            waiting += [next(kept) if refusal is None else refusal for refusal in refused]
+        else:
+            yield _collect(shape, waiting[:size])
+            waiting = waiting[size:]
 
 
 def _collate(
     items: list[Tensor | tuple[str, str]],
 ) -> tuple[Tensor, list[tuple[str, str] | None]]:
-    # One tensor per batch: every tensor that leaves a worker costs a shared-memory file.
+    # One tensor per batch, stacked straight into shared memory: each tensor that leaves a worker is a file.
     images = [item for item in items if isinstance(item, Tensor)]
     return (
-        torch.stack(images) if images else torch.zeros(0),
+        default_collate(images) if images else torch.zeros(0),
         [None if isinstance(item, Tensor) else item for item in items],
     )
 

@@ -105,13 +105,19 @@ def test_batch_size_workers_and_num_of_processes(
     assert one == run(size=3)
 
 
-def test_launched_by_torch_distributed_run(sides: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_launched_by_torch_distributed_run(
+    sides: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = record(capsys, *sides)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = ["-m", "gensample.apps.cli", "fid", *sides, "--features", "tests.metrics.support:TinyFeatures"]
     done = subprocess.run(
-        [*launcher, *command, "--json", "--quiet"], env=environment, capture_output=True, text=True, timeout=240
+        [*launcher, *command, "--json", "--quiet"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -160,7 +166,9 @@ def test_npz_statistics_are_read_with_a_warning(
     assert "does not say which features" in " ".join(result["warnings"])
 
 
-def test_zip_and_npz_sides(sides: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zip_and_npz_sides(
+    sides: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with zipfile.ZipFile(tmp_path / "real.zip", "w") as archive:
         for path in sorted(Path(sides[0]).iterdir()):
             archive.write(path, path.name)

@@ -31,7 +31,14 @@ def pipeline_folder(tmp_path: Path) -> Path:
     return tmp_path / "pipe"
 
 
-STEPS = ["--samples", "6", "--pipeline-args", '{"num_inference_steps": 2}', "--features", "user_features:Tiny"]
+STEPS = [
+    "--samples",
+    "6",
+    "--pipeline-args",
+    '{"num_inference_steps": 2}',
+    "--features",
+    "user_features:Tiny",
+]
 
 
 def test_pipeline_side_equals_the_folder_of_its_images(
@@ -41,7 +48,9 @@ def test_pipeline_side_equals_the_folder_of_its_images(
     (tmp_path / "images").mkdir()
     # The micro-batch of the evaluation, so that the pipeline runs in the same shape.
     for i, levels in enumerate(source.sample(range(6))):
-        Image.fromarray(levels.permute(1, 2, 0).to(torch.uint8).numpy()).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray(levels.permute(1, 2, 0).to(torch.uint8).numpy()).save(
+            tmp_path / "images" / f"{i}.png"
+        )
     before = sorted(p for p in tmp_path.rglob("*"))
     assert main(["fid", str(tmp_path / "images"), str(pipeline_folder), *STEPS, "--json", "--no-prdc"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -67,7 +76,9 @@ def test_class_conditional_pipelines_cycle_through_the_classes() -> None:
     assert source.summary()["class"] == type(pipe).__name__
 
 
-def test_bad_pipeline_sides(pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_pipeline_sides(
+    pipeline_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = str(write_images(tmp_path / "real", 3))
     pipe = str(pipeline_folder)
     for more, message in [

@@ -27,7 +27,9 @@ def test_every_call_has_the_same_shape(tiny_features: nn.Module) -> None:
         shapes.append(tuple(x.shape))
         return tiny_features(x)
 
-    images = torch.randint(0, 256, (10, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.randint(0, 256, (10, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     features = extract_features(spy, images, micro_batch=4)
     assert shapes == [(4, 3, 16, 16)] * 3
     torch.testing.assert_close(features, tiny_features(images / 255.0).detach(), rtol=1e-5, atol=1e-6)
@@ -103,7 +105,9 @@ def test_dinov2_and_clip_from_a_folder(tmp_path: Path) -> None:
 def test_transformers_weights_are_never_fetched_without_asking_nor_unpickled(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--download"):
         transformers_extractor("dinov2", "some-user/some-model")
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 1}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 1}'
+    )
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="safetensors"):
         transformers_extractor("dinov2", str(tmp_path))

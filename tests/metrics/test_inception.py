@@ -24,7 +24,9 @@ def network(synthetic: ModuleType) -> InceptionV3:
     return module.eval()
 
 
-@pytest.mark.parametrize(("name", "size"), [("exact", (299, 299)), ("enlarged", (64, 48)), ("reduced", (360, 512))])
+@pytest.mark.parametrize(
+    ("name", "size"), [("exact", (299, 299)), ("enlarged", (64, 48)), ("reduced", (360, 512))]
+)
 def test_features_equal_torch_fidelity(
     network: InceptionV3, synthetic: ModuleType, name: str, size: tuple[int, int]
 ) -> None:

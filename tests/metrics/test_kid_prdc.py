@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gensample.metrics import kid, prdc as prdc_module
+from gensample.metrics import kid
+from gensample.metrics import prdc as prdc_module
 from gensample.metrics.kid import kernel_inception_distance
 from gensample.metrics.prdc import prdc
 
@@ -45,7 +46,8 @@ def test_kid_equals_its_definition_and_its_interval_the_jackknife(monkeypatch: p
 def test_kid_is_unbiased_and_its_interval_covers() -> None:
     # Same distribution: the true value is zero.
     results = [
-        kernel_inception_distance(normal(100, 3, seed=2 * s), normal(100, 3, seed=2 * s + 1)) for s in range(200)
+        kernel_inception_distance(normal(100, 3, seed=2 * s), normal(100, 3, seed=2 * s + 1))
+        for s in range(200)
     ]
     values = torch.tensor([r.value for r in results])
     assert abs(float(values.mean())) < 4 * float(values.std()) / 200**0.5

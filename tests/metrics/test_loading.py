@@ -170,7 +170,9 @@ def test_a_refused_image_stops_on_every_rank_or_is_skipped_and_listed(
     messages = run_ranks(3, stopped)
     assert len(set(messages)) == 1
     assert "13.png" in messages[0]
-    assert_same(side.statistics, run_ranks(2, functools.partial(moments, source, tiny_features, skip_bad=True))[0])
+    assert_same(
+        side.statistics, run_ranks(2, functools.partial(moments, source, tiny_features, skip_bad=True))[0]
+    )
 
 
 def test_a_failing_network_stops_every_rank(image_folder: Path, run_ranks: Callable[..., list[Any]]) -> None:
@@ -234,7 +236,9 @@ def test_grey_input() -> None:
     torch.testing.assert_close(prepare(colour), torch.full((1, 4, 4), 29.9))
 
 
-def test_loading_draws_nothing_from_the_global_generator(image_folder: Path, tiny_features: nn.Module) -> None:
+def test_loading_draws_nothing_from_the_global_generator(
+    image_folder: Path, tiny_features: nn.Module
+) -> None:
     before = torch.random.get_rng_state()
     moments(FolderSource(image_folder), tiny_features, num_workers=2)
     assert torch.equal(torch.random.get_rng_state(), before)

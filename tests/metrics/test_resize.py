@@ -18,7 +18,9 @@ def noise(height: int, width: int) -> np.ndarray:
 def pillow_clean(levels: np.ndarray, size: int) -> np.ndarray:
     """Float bicubic per channel, as clean-fid does it."""
     channels = [Image.fromarray(levels[:, :, c].astype(np.float32)) for c in range(3)]
-    return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BICUBIC)) for c in channels]).clip(0, 255)
+    return np.stack([np.asarray(c.resize((size, size), Image.Resampling.BICUBIC)) for c in channels]).clip(
+        0, 255
+    )
 
 
 SIZES = [(512, 512), (64, 64), (28, 28), (300, 200), (299, 500), (17, 900), (700, 299), (1, 1)]

@@ -32,7 +32,9 @@ def published(tmp_path_factory: pytest.TempPathFactory, synthetic: ModuleType) -
 
 
 def test_conversion_keeps_the_network(published: Path, synthetic: ModuleType, tmp_path: Path) -> None:
-    out = convert_weights(published, tmp_path / "sub" / "w.safetensors", sha256=file_sha256(published).upper())
+    out = convert_weights(
+        published, tmp_path / "sub" / "w.safetensors", sha256=file_sha256(published).upper()
+    )
     tensors = load_file(out)
     assert not any(name.startswith("fc.") for name in tensors)
     extractor = inception_extractor(out)
@@ -97,7 +99,9 @@ def server(published: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_download_checks_converts_and_leaves_nothing_else(server: str, published: Path, tmp_path: Path) -> None:
+def test_download_checks_converts_and_leaves_nothing_else(
+    server: str, published: Path, tmp_path: Path
+) -> None:
     target = tmp_path / "cache" / "w.safetensors"
     right = hashlib.sha256(published.read_bytes()).hexdigest()
     with pytest.raises(InputError, match="discarded"):

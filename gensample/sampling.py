@@ -24,6 +24,7 @@ from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 from gensample.schedulers.solver_adapter import SchedulerSolver
+from gensample.schedulers.step_noise import queued_to
 from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -102,7 +103,7 @@ def walk(
         return output
 
     def draw() -> Tensor:
-        return noise.normal(latents.shape[1:], path=(step,), purpose="step").to(latents.device)
+        return queued_to(noise.normal(latents.shape[1:], path=(step,), purpose="step"), latents.device)
 
     state = SolverState()
     x = latents
@@ -135,6 +136,8 @@ def stream(
 
     Arguments as :func:`sample`.  Everything is checked before the first network call.
     """
+    if guidance is not None and not callable(guidance):
+        raise TypeError(f"guidance={guidance!r} must be a rule, such as CFG({guidance!r}) of gensample.guidance")
     denoiser = as_denoiser(model, num_samples, conditioning)
     cond = denoiser.conditioning
     noise = NoiseStream.from_generator(generator, cond.batch_size, sample_ids=sample_ids)

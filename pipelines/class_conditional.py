@@ -35,7 +35,7 @@ from gensample.solvers import Diffusion, Solver
 StepCallback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 
 
-class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ClassConditionalPipeline(DiffusionPipeline):
     """Draws images of given classes with our :class:`~gensample.models.dit.DiT`.
 
     Args:

@@ -143,6 +143,8 @@ def gvp_time(alphas_cumprod: Float64) -> Float64:
 
 
 def _checked_time(t: Scalar) -> Scalar:
+    if type(t) is float and 0.0 <= t <= 1.0:
+        return t  # solvers ask for hundreds of these, and numpy is slow on scalars
     t = float(t) if np.ndim(t) == 0 else np.asarray(t, dtype=np.float64)
     if not np.all((np.asarray(t) >= 0.0) & (np.asarray(t) <= 1.0)):
         raise ValueError(f"t={t} must lie in [0, 1] (0 is noise, 1 is data)")

@@ -86,6 +86,7 @@ class Exponential2MSolver(Solver):
             "exp", path=path, prediction_type=prediction_type, times=times, diffusion=diffusion
         )
         self._weights = self._extrapolation_weights()
+        self._x0 = [affine(path.coefficients(t), prediction_type, "x0") for t in self.stage_times]
 
     def needs_noise(self, stage: int) -> bool:
         """Whether step ``stage`` draws noise."""
@@ -97,8 +98,8 @@ class Exponential2MSolver(Solver):
         """Consume the output of stage ``state.stage``; the state carries x0 of this stage to the next."""
         x = x if x.dtype == torch.float64 else x.float()
         i = state.stage
-        c = self.path.coefficients(self.times[i])
-        x0 = convert(output.to(x.dtype), x, c, self.prediction_type, "x0")
+        p, q = self._x0[i]
+        x0 = axpby(p, x, q, output.to(x.dtype))
         weight = self._weights[i]
         extrapolated = axpby(1.0 + weight, x0, -weight, state.carried[0]) if weight and state.carried else x0
         law = self._exp.transition(i, x, extrapolated, output_type="x0")

@@ -84,6 +84,9 @@ class GaussianTransition:
     def log_prob(self, x: Tensor, *, reduction: Reduction = "sum") -> Tensor:
         """The log density at x (B, ...) as (B,): summed over dimensions, or their mean.
 
+        A float32 sum over D dimensions resolves about 1e-7 D (0.01 at 10^5): compare two policies by their means, or
+        give a float64 mean.
+
         Raises ValueError if the law is deterministic in any row, or x has another shape than the mean.
         """
         if x.shape != self.mean.shape:

@@ -10,7 +10,9 @@ With h = t' - t, primes for the next time, eta_1 = E[x0 | x], eta_z = E[noise | 
 ``exp`` solves the SDE exactly for frozen eta_1: stable for every eps, DDPM ancestral sampling for eps = ``sbdm``
 with scale 1, and deterministic at alpha' = 0 by itself.  A step of ``em`` that ends at the data (alpha' = 0)
 returns eta_1 without noise: eps s is not integrable up to the data for every eps, and the last step is deterministic
-in every solver.  (Interpolants: Albergo et al., arXiv 2303.08797, section 5; ``exp``: specs of this project.)
+in every solver.  ``em`` is stable only while h eps / alpha^2 < 2: ``sbdm`` from a small but positive beta (a DDPM
+grid) or ``constant`` near concentrated data need ``exp``.
+(Interpolants: Albergo et al., arXiv 2303.08797, section 5; ``exp``: specs of this project.)
 """
 
 from __future__ import annotations

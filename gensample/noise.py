@@ -114,7 +114,7 @@ class NoiseStream:
         return [torch.Generator().manual_seed(key & (2**63 - 1)) for key in keys]
 
 
-def _fresh_state(key: int) -> dict[str, Any]:
+def _fresh_state(key: int) -> Any:
     """The state of ``np.random.Philox(key=key)``: setting it costs a quarter of constructing one."""
     words = np.array([key & (2**64 - 1), key >> 64], dtype=np.uint64)
     zeros = np.zeros(4, dtype=np.uint64)

@@ -15,6 +15,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from gensample.assets import asset_names, asset_path
@@ -25,6 +27,11 @@ from gensample.pipelines.class_conditional import ClassConditionalPipeline
 PIPELINES: dict[str, type[Any]] = {"ClassConditionalPipeline": ClassConditionalPipeline}
 MODELS: dict[str, type[Any]] = {"DiT": DiT, "Classifier": Classifier}
 
+# What Diffusers, Transformers and safetensors raise for a damaged folder or an absent optional package.
+_LOADING_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # .txt and .model: vocabularies of tokenizers
 
 
@@ -55,8 +62,9 @@ def load(
         config.json gives our ``DiT`` or ``Classifier`` in eval mode.
 
     Raises:
-        LoadError (a ValueError): nothing of that name, another class, or weights that are missing, truncated,
-            pickled or not finite. Code in a repository is never run.
+        LoadError (a ValueError): nothing of that name, another class, an optional package that it needs and
+            that is absent, or weights that are missing, truncated, pickled or not finite. Code in a repository
+            is never run.
     """
     folder = _folder(name_or_path, revision, local_files_only)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
@@ -72,22 +80,26 @@ def load(
     _refuse_pickles(folder)
     try:
         loaded = cls.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except _LOADING_ERRORS as error:
         raise LoadError(f"{folder} cannot be loaded as {cls.__name__}: {error}") from error
-    check_finite_weights(loaded, folder)
+    check_weights(loaded, folder)
     return loaded if device is None else loaded.to(device)
 
 
-def check_finite_weights(loaded: Any, folder: Path) -> None:
-    """Raise LoadError naming the first weight of a pipeline or model that holds NaN or infinity."""
+def check_weights(loaded: Any, folder: Path) -> None:
+    """Raise LoadError naming the first weight of a pipeline or model that is absent, or holds NaN or infinity."""
     components = loaded.components if isinstance(loaded, DiffusionPipeline) else {"": loaded}
     for component, module in components.items():
         if not isinstance(module, nn.Module):
             continue
         for name, tensor in module.state_dict().items():
+            full = f"{component}.{name}" if component else name
+            if tensor.is_meta:  # Diffusers only warns of it
+                raise LoadError(
+                    f"{folder}: weight {full} is not in the file; it is of another version, or damaged"
+                )
             # NaN and infinity survive a sum in float64, and no sum of finite half or single floats overflows it.
             if tensor.is_floating_point() and not bool(tensor.sum(dtype=torch.float64).isfinite()):
-                full = f"{component}.{name}" if component else name
                 raise LoadError(
                     f"{folder}: weight {full} holds NaN or infinity; the file is damaged, fetch it again"
                 )

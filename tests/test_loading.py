@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import gensample.assets
 from gensample import loading
 from gensample.loading import LoadError
 from tests.tiny_models import tiny_classifier, tiny_pipeline, tiny_transformer
-from tests.tiny_pipelines import tiny_dit
+from tests.tiny_pipelines import tiny_dit, tiny_sd
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -145,6 +146,31 @@ def test_weights_that_are_not_finite_are_named(saved: Path, value: float) -> Non
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(LoadError, match=r"weight transformer\.patch_embed\.bias holds NaN or infinity"):
         gensample.load(saved)
+
+
+@pytest.mark.parametrize("name", ["patch_embed.weight", "final_layer.linear.bias"])
+def test_a_weight_that_the_file_lacks_is_named(saved: Path, name: str) -> None:
+    file = saved / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=re.escape(f"transformer.{name} is not in the file")):
+        gensample.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"short"),
+        ("config.json", b'{"model_type": "clip_text_model", "hidden_size": "x"}'),
+    ],
+)
+def test_damaged_text_encoders(tmp_path: Path, file: str, content: bytes) -> None:
+    pytest.importorskip("transformers")
+    tiny_sd().save_pretrained(tmp_path)
+    (tmp_path / "text_encoder" / file).write_bytes(content)
+    with pytest.raises(LoadError, match="cannot be loaded as StableDiffusionPipeline"):
+        gensample.load(tmp_path)
 
 
 def test_missing_weights(saved: Path) -> None:

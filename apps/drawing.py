@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gensample.metrics.distributed import World
     from gensample.solvers import Diffusion
 
+_LONGEST_RANGE = 100_000  # of a range of labels, which is written out before the labels are checked
+
 
 @dataclass(frozen=True)
 class DrawOptions:
@@ -96,14 +98,22 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def parse_labels(text: str, names: Mapping[str, int]) -> list[int | str]:
-    """``"0-4,bag,7"`` as [0, 1, 2, 3, 4, "bag", 7]: indices, ranges of indices and names, separated by commas."""
+    """``"0-4,bag,7"`` as [0, 1, 2, 3, 4, "bag", 7]: indices, ranges of indices and names, separated by commas.
+
+    Raises ValueError for a range that falls, or one too long to be meant.
+    """
     labels: list[int | str] = []
     for item in (part.strip() for part in text.split(",")):
         span = re.fullmatch(r"(\d+)-(\d+)", item)
         if item in names or not (span or item.isdecimal()):
             labels.append(item)
         elif span:
-            labels.extend(range(int(span[1]), int(span[2]) + 1))
+            first, last = int(span[1]), int(span[2])
+            if not 0 <= last - first < _LONGEST_RANGE:
+                raise ValueError(
+                    f"labels have the range {item}; it must rise, over at most {_LONGEST_RANGE} labels"
+                )
+            labels.extend(range(first, last + 1))
         else:
             labels.append(int(item))
     return labels

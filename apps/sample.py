@@ -178,7 +178,11 @@ def device_of(text: str, w: World) -> str:
     import torch
 
     if text != "auto":
-        return str(torch.device(text))
+        try:
+            torch.zeros(1, device=text).cpu()
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {text} cannot be used here ({error}); give auto or cpu") from error
+        return text
     return f"cuda:{w.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 

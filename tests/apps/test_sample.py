@@ -230,11 +230,23 @@ def test_a_failure_while_drawing_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_devices_that_are_not_there(
+    model: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, *FEW, "--out", tmp_path / "grid.png", "--device", device) == 2
+    assert f"--device {device} cannot be used here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels_as_typed() -> None:
     names = {name: i for i, name in enumerate(NAMES)}
     assert parse_labels("0-2, bag,7,t-shirt", names) == [0, 1, 2, "bag", 7, "t-shirt"]
     assert parse_labels("ankle boot,2x4", names) == ["ankle boot", "2x4"]
-    assert parse_labels("3-1,-4", names) == ["-4"]
+    assert parse_labels("-4", names) == ["-4"]
+    for text in ("0,3-1", "0-99999999999"):
+        with pytest.raises(ValueError, match=text.split(",")[-1]):
+            parse_labels(text, names)
 
 
 def test_grids_of_colour_and_of_large_images() -> None:

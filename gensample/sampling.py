@@ -137,7 +137,9 @@ def stream(
     Arguments as :func:`sample`.  Everything is checked before the first network call.
     """
     if guidance is not None and not callable(guidance):
-        raise TypeError(f"guidance={guidance!r} must be a rule, such as CFG({guidance!r}) of gensample.guidance")
+        raise TypeError(
+            f"guidance={guidance!r} must be a rule, such as CFG({guidance!r}) of gensample.guidance"
+        )
     denoiser = as_denoiser(model, num_samples, conditioning)
     cond = denoiser.conditioning
     noise = NoiseStream.from_generator(generator, cond.batch_size, sample_ids=sample_ids)

@@ -25,6 +25,9 @@ class SchedulerSolver(Solver):
 
     stage_times: the time in [0, 1] of each of the scheduler's timesteps, as the denoiser reads them.
     generators: one ``torch.Generator`` per row for schedulers that draw their own noise.
+
+    Raises ValueError for times that do not fit the scheduler, and for one that draws with the network's learned
+    variance: outputs reach a solver without it.
     """
 
     def __init__(
@@ -42,10 +45,16 @@ class SchedulerSolver(Solver):
                 "call scheduler.set_timesteps first"
             )
         self.name = type(scheduler).__name__
+        variance_type = scheduler.config.get("variance_type")
+        if variance_type in ("learned", "learned_range"):
+            raise ValueError(
+                f"{self.name} has variance_type={variance_type!r}, which needs the network's variance at every step; "
+                "give solver='exp' with Diffusion('sbdm'), or a scheduler with variance_type='fixed_small'"
+            )
         self.path = path
         self.prediction_type = prediction_type
         self.stage_times = tuple(stage_times)
-        order = int(getattr(scheduler, "order", 1))
+        order = int(scheduler.order)
         self.step_of_stage = tuple(i // order for i in range(len(stage_times)))
         self.times = (*(t for i, t in enumerate(self.stage_times) if i % order == 0), 1.0)
         self._scheduler = scheduler

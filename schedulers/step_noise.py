@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -51,9 +52,8 @@ class StepNoise:
         rows = sample.shape[0]
         doubled = isinstance(self._generator, Sequence) and rows == 2 * len(self._generator)
         if not doubled:
-            return _move(
-                self._stream(rows).normal(sample.shape[1:], path=(step,), purpose="step"), sample.device
-            )
+            noise = self._stream(rows).normal(sample.shape[1:], path=(step,), purpose="step")
+            return queued_to(noise, sample.device)
         half, other = sample.chunk(2)
         if self._seeds is None and not torch.equal(half, other):
             raise ValueError(
@@ -61,7 +61,7 @@ class StepNoise:
                 "sample"
             )
         noise = self._stream(rows // 2).normal(half.shape[1:], path=(step,), purpose="step")
-        return _move(torch.cat([noise, noise]), sample.device)
+        return queued_to(torch.cat([noise, noise]), sample.device)
 
     def _stream(self, rows: int) -> NoiseStream:
         if self._seeds is None:
@@ -77,8 +77,8 @@ class StepNoise:
         return self._seed(self._generator, NoiseStream.from_generator(self._generator, 1).seeds[0])
 
     def _seed(self, entry: int | torch.Generator | None, drawn: int) -> int:
-        if isinstance(entry, int) and self._run > 0:
-            return stream_key(entry, 0, (self._run,), "run")
+        if isinstance(entry, int | np.integer) and self._run > 0:
+            return stream_key(int(entry), 0, (self._run,), "run")
         return drawn
 
 
@@ -97,10 +97,11 @@ def draw_explicit(sample: Tensor, generator: torch.Generator | Sequence[torch.Ge
 
 
 def _check_entry(entry: object) -> None:
-    if isinstance(entry, bool) or not isinstance(entry, int | torch.Generator):
+    if isinstance(entry, bool) or not isinstance(entry, int | np.integer | torch.Generator):
         raise TypeError(f"generator={entry!r}: give an int, a torch.Generator, a list of them, or None")
 
 
-def _move(noise: Tensor, device: torch.device) -> Tensor:
+def queued_to(noise: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for the work that the device has yet to do."""
     # A copy from pageable memory would wait for the device; one from pinned memory is queued behind its work.
     return noise.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else noise.to(device)

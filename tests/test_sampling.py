@@ -335,3 +335,21 @@ def test_noise_streams_number_the_rows() -> None:
     whole = NoiseStream.from_generator(7, 3).normal((2,))
     part = NoiseStream.from_generator(7, 1, sample_ids=[2]).normal((2,))
     assert torch.equal(whole[2:], part)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_scheduler_that_needs_the_learned_variance_is_refused(variance_type: str) -> None:
+    pipe = tiny_dit(DDPMScheduler(variance_type=variance_type, clip_sample=False))
+    with pytest.raises(ValueError, match="fixed_small"):
+        sample(pipe, class_labels=[1])
+    assert sample(pipe, class_labels=[1], solver="exp", output_type="latent").latents.isfinite().all()
+
+
+def test_guidance_that_is_no_rule() -> None:
+    with pytest.raises(TypeError, match=r"CFG\(2.0\)"):
+        sample(tiny_dit(), class_labels=[1], guidance=2.0)
+
+
+def test_unknown_conditioning_names_what_the_pipeline_takes() -> None:
+    with pytest.raises(TypeError, match=r"promt.*class_labels"):
+        sample(tiny_dit(), promt="shirt")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from gensample.denoisers.base import Denoiser, Network
@@ -45,6 +46,9 @@ def denoiser_from_pipeline(
     for cls in type(pipe).__mro__:
         if cls.__name__ in ADAPTERS and cls.__module__.split(".")[0] in ("diffusers", "gensample"):
             adapter = import_module(f"gensample.denoisers.{ADAPTERS[cls.__name__]}")
+            accepted = list(signature(adapter.from_pipeline).parameters)[1:]
+            if unknown := sorted(set(prompt_kwargs) - set(accepted)):
+                raise TypeError(f"{type(pipe).__name__} takes no {unknown} here; it takes {accepted}")
             denoiser: Denoiser = adapter.from_pipeline(pipe, **prompt_kwargs)
             denoiser.nets.update(nets or {})
             return denoiser

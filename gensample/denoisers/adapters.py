@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 
 @contextmanager
 def adapters_disabled(module: Any) -> Iterator[None]:
@@ -39,5 +41,5 @@ def _adapter_layers(module: Any) -> list[Any]:
         from peft.utils import ModulesToSaveWrapper
     except ImportError:  # peft is optional; without it nothing can carry an adapter
         return []
-    modules = module.modules() if hasattr(module, "modules") else ()
+    modules = module.modules() if isinstance(module, nn.Module) else ()
     return [layer for layer in modules if isinstance(layer, (BaseTunerLayer, ModulesToSaveWrapper))]

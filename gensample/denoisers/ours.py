@@ -35,13 +35,12 @@ class ClassConditionalDenoiser(Denoiser):
 def from_pipeline(pipe: Any, *, class_labels: Labels) -> ClassConditionalDenoiser:
     """One row per label, an index or a name of ``pipe.labels``; the null label is ``num_classes``."""
     config = pipe.transformer.config
-    names = getattr(pipe, "labels", {})
     return ClassConditionalDenoiser(
         {"main": pipe.transformer},
         process_of(pipe.scheduler),
         latent_shape=(config.in_channels, config.sample_size, config.sample_size),
         conditioning=label_conditioning(
-            label_indices(class_labels, config.num_classes, names), config.num_classes
+            label_indices(class_labels, config.num_classes, pipe.labels), config.num_classes
         ),
         scheduler=pipe.scheduler,
         decoder=unit_range,

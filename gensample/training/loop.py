@@ -341,7 +341,12 @@ class Trainer:
                     f"the checkpoint was trained with {name}={state['training'][name]}, this run asks for "
                     f"{getattr(self.config, name)}: keep it, or start in another output_dir"
                 )
-        self.model.load_state_dict(checkpoint.tensors["model"])
+        try:
+            self.model.load_state_dict(checkpoint.tensors["model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the checkpoint is of another model: keep that model, or start in another output_dir ({error})"
+            ) from error
         load_optimizer_tensors(self.model, self._optimizer.optimizer, checkpoint.tensors["optimizer"])
         for decay in self.ema.decays:
             # A decay that is new to this run starts from the weights.

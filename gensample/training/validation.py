@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,10 +69,10 @@ class Validation:
 
 
 def best_weights(figures: Mapping[str, float]) -> str | None:
-    """Name of the weights (``model``, ``ema-0.999``) with the lowest validation loss, None without figures."""
+    """Name of the weights (``model``, ``ema-0.999``) with the lowest validation loss, None without a finite one."""
     losses = {
         key.split("/")[1]: value
         for key, value in figures.items()
-        if key.startswith("validation/") and key.endswith("/loss")
+        if key.startswith("validation/") and key.endswith("/loss") and math.isfinite(value)
     }
     return min(losses, key=losses.__getitem__) if losses else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -25,6 +26,7 @@ from gensample.training import (
 )
 from gensample.training.checkpoint import list_checkpoints
 from gensample.training.record import read_metrics
+from gensample.training.validation import best_weights
 from tests.training.tiny_runs import stripes, tiny_dit, tiny_trainer
 
 
@@ -106,6 +108,14 @@ def test_a_used_folder_is_refused_unless_resumed(tmp_path: Path) -> None:
         tiny_trainer(tmp_path, steps=5, resume=str(tmp_path / "elsewhere")).run()
     with pytest.raises(ValueError, match="batch_size=12"):
         tiny_trainer(tmp_path, steps=6, resume="auto", batch_size=24).run()
+    with pytest.raises(ValueError, match="of another model"):
+        tiny_trainer(tmp_path, steps=6, resume="auto", model=torch.nn.Linear(2, 2)).run()
+
+
+def test_best_weights_have_a_finite_loss() -> None:
+    figures = {"validation/model/loss": math.nan, "validation/ema-0.9/loss": 2.0, "validation/ema-0.9/x": 0.0}
+    assert best_weights(figures) == "ema-0.9"
+    assert best_weights({"validation/model/loss": math.inf}) is None
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])

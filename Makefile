@@ -10,14 +10,17 @@ export PYTHONSAFEPATH = 1
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN_ENV = $(VENV)/.gensample-run
+DEMO_ENV = $(VENV)/.gensample-demo
 DEV_ENV = $(VENV)/.gensample-dev
+UI_ENV = $(VENV)/.gensample-ui
+PORT ?= 7860
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo serve test test-ui lint format bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +33,25 @@ $(DEV_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(RUN_ENV)
 
+$(DEMO_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@ $(RUN_ENV)
+
+$(UI_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[ui-test,test]'
+	@touch $@ $(RUN_ENV) $(DEMO_ENV)
+
 demo: $(RUN_ENV) ## draw clothes with the shipped model into out/ and print their score
 	$(VENV)/bin/gensample quickstart --out $(OUT)
 
+serve: $(DEMO_ENV) ## the same in a web page on http://127.0.0.1:$(PORT) (needs the package index for Gradio)
+	$(VENV)/bin/gensample demo --port $(PORT)
+
 test: $(DEV_ENV) ## run the tests (pytest's options in ARGS)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-ui: $(UI_ENV) ## the web page in headless Chromium (apt-get install --no-install-recommends chromium)
+	$(VENV)/bin/python -m pytest -m ui tests/ui $(ARGS)
 
 lint: $(DEV_ENV) ## ruff, its formatter and mypy, without changing anything
 	$(VENV)/bin/ruff check .

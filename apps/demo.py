@@ -29,14 +29,32 @@ def run(namespace: Any) -> int:
     from gensample.metrics.errors import InputError
 
     with report_errors("demo") as outcome:
-        if not 1 <= namespace.port <= 65535:
-            raise InputError(f"--port {namespace.port} must be from 1 to 65535")
+        check_address(namespace.host, namespace.port)
         try:
             page, engine = load_page(namespace.model, namespace.device)
         except ValueError as error:
             raise InputError(str(error)) from error
         serve(page, engine, namespace.host, namespace.port)
     return outcome.code
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise InputError unless this process can listen there: loading the model first would waste its user's time."""
+    import socket
+
+    from gensample.metrics.errors import InputError
+
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port {port} must be from 1 to 65535")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise InputError(
+            f"--host {host} --port {port} cannot be used ({error}); give another port"
+        ) from error
 
 
 def load_page(model: str = "fashion", device: str = "auto") -> tuple[Any, Any]:

@@ -164,12 +164,14 @@ def connect(
     # preprocess=False: the engine checks raw values itself and says what is wrong with them.
     event = start.click(
         wants_request(function), inputs, outputs, api_name=api_name, concurrency_id="engine", concurrency_limit=1,
-        trigger_mode="once", preprocess=False, show_progress="hidden",
+        trigger_mode="once", preprocess=False, show_progress="minimal", show_progress_on=outputs[:1],
     )  # fmt: skip
 
     def halt(request: Any) -> str:
         stopped = stage.runs.stop(session_of(request))
-        return status(stopped[0].last if stopped else None, "Stopped", done=True)
+        if not stopped:
+            return status(None, "Nothing is running.")
+        return status(stopped[0].last, "Stopped", done=True)
 
     stop.click(
         wants_request(halt), None, outputs[:1], cancels=[event], queue=False, api_visibility="private",

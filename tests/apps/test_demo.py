@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_gradio")
 def test_without_gradio_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo"]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    assert main(["demo", "--port", str(port)]) == 2
     assert "pip install 'gensample[demo]'" in capsys.readouterr().err
 
 
@@ -46,6 +49,13 @@ def test_without_gradio_it_says_what_to_install(capsys: pytest.CaptureFixture[st
 def test_a_port_out_of_range_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--port", port]) == 2
     assert f"--port {port} must be from 1 to 65535" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["demo", "--port", str(port)]) == 2
+    assert f"--port {port} cannot be used" in capsys.readouterr().err
 
 
 def test_it_listens_on_this_machine_only_and_shares_nothing_unless_told() -> None:

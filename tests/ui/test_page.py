@@ -1,0 +1,161 @@
+"""What a visitor sees and does, in headless Chromium."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Demo, Visitor
+
+Visit = Callable[..., "Visitor"]
+
+BEGUN = re.compile(r"step \d+/100")
+
+
+def small(visitor: Visitor, *, steps: int = 6, images: int = 3) -> None:
+    visitor.set_number("Steps", steps)
+    visitor.set_number("Images", images)
+
+
+def test_generate_shows_changing_previews_then_fills_the_gallery(visit: Visit) -> None:
+    visitor = visit()
+    small(visitor, steps=10, images=4)
+    visitor.choose("Class", "dress")
+    visitor.page.evaluate(
+        """() => { window.previews = new Set(); setInterval(() => {
+             const image = document.querySelector('#preview img'); if (image) window.previews.add(image.src);
+           }, 20) }"""
+    )
+    visitor.click("Generate")
+    visitor.wait_status("Done")
+    assert re.search(r"Done · step 10/10 · \d+\.\d images/s · \d+\.\d s", visitor.status())
+    assert visitor.page.evaluate("window.previews.size") >= 3
+    pictures = visitor.page.locator("#gallery button img")
+    pictures.nth(3).wait_for()
+    assert pictures.count() == 4
+    visitor.page.wait_for_function("document.querySelector('#gallery button img').naturalWidth > 0")
+    assert pictures.first.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [224, 224]
+    assert pictures.first.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+    assert visitor.page.locator("#gallery .caption-label").all_inner_texts() == ["dress"] * 4
+    assert not visitor.page.locator("#preview").is_visible()
+
+
+def test_stop_ends_the_networks_work_and_the_next_run_works(visit: Visit, demo: Demo) -> None:
+    visitor = visit()
+    small(visitor, steps=100, images=30)
+    visitor.click("Generate")
+    visitor.wait_status(BEGUN)
+    visitor.click("Stop")
+    visitor.wait_status("Stopped")
+    assert re.search(r"Stopped · step \d+/100", visitor.status())
+    demo.wait_until_idle(10)
+    steps = demo.health()["steps"]
+    time.sleep(1.5)
+    assert demo.health()["steps"] == steps
+    small(visitor, steps=2, images=1)
+    visitor.click("Generate")
+    visitor.wait_status("Done · step 2/2")
+    visitor.click("Stop")
+    visitor.wait_status("Nothing is running")
+
+
+def test_closing_the_page_ends_the_networks_work(visit: Visit, demo: Demo) -> None:
+    visitor = visit()
+    small(visitor, steps=100, images=30)
+    visitor.click("Generate")
+    visitor.wait_status(BEGUN)
+    finished = demo.health()["finished"]
+    visitor.page.close()
+    demo.wait_until_idle(20)
+    assert demo.health()["finished"] == finished
+
+
+def test_compare_draws_both_sides_and_scores_them(visit: Visit) -> None:
+    visitor = visit()
+    visitor.open_tab("Compare")
+    visitor.set_number("Images", 4)
+    visitor.set_number("Steps", 3, which=0)
+    visitor.set_number("Steps", 5, which=1)
+    visitor.click("Compare")
+    visitor.wait_status("Done")
+    for side in ("#side-a", "#side-b"):
+        captions = visitor.page.locator(f"{side} figcaption").all_inner_texts()
+        assert len(captions) == 4
+        assert all(re.fullmatch(r"\d+%", text) for text in captions)
+    table = visitor.page.locator("#scores table").inner_text()
+    assert re.search(r"FD-B\s+\d+\.\d\d\s+\d+\.\d\d\s+\d+\.\d\d", table)
+    assert re.search(r"Steps\s+3\s+5", table)
+    assert "4 real images" in table
+
+
+def test_the_trajectory_runs_from_noise_to_the_image(visit: Visit) -> None:
+    visitor = visit()
+    visitor.open_tab("Trajectory")
+    visitor.set_number("Steps", 5)
+    visitor.click("Trace")
+    visitor.wait_status("Done")
+    levels = visitor.page.locator("#strip figcaption").all_inner_texts()
+    assert levels == ["σ 1.00", "σ 0.80", "σ 0.60", "σ 0.40", "σ 0.20", "σ 0.00"]
+    assert visitor.page.locator("#strip img").count() == 12
+
+
+def test_two_users_at_once_are_both_served(visit: Visit) -> None:
+    users = [visit(), visit()]
+    for user, label in zip(users, ("bag", "sandal"), strict=True):
+        user.choose("Class", label)
+        small(user, steps=8, images=4)
+    for user in users:
+        user.click("Generate")
+    for user, label in zip(users, ("bag", "sandal"), strict=True):
+        user.wait_status("Done")
+        captions = user.page.locator("#gallery .caption-label")
+        captions.nth(3).wait_for()
+        assert captions.all_inner_texts() == [label] * 4
+
+
+def test_a_waiting_user_can_leave_the_queue(visit: Visit, demo: Demo) -> None:
+    first, second = visit(), visit()
+    small(first, steps=100, images=20)
+    small(second, steps=2, images=1)
+    first.click("Generate")
+    first.wait_status(BEGUN)
+    finished = demo.health()["finished"]
+    second.click("Generate")
+    time.sleep(1)
+    second.click("Stop")
+    second.wait_status("Nothing is running")
+    first.click("Stop")
+    first.wait_status("Stopped")
+    time.sleep(1)
+    assert demo.health()["finished"] == finished
+
+
+def test_everything_is_reached_by_keyboard(visit: Visit) -> None:
+    visitor = visit()
+    small(visitor, steps=2, images=1)
+    focused = "(document.activeElement.getAttribute('aria-label') || document.activeElement.innerText)"
+    visitor.page.get_by_role("heading").click()  # where the tabulator starts from
+    names = []
+    while len(names) < 40 and "Generate" not in names[3:]:
+        visitor.page.keyboard.press("Tab")
+        names.append(visitor.page.evaluate(focused))
+    for name in ("Class", "number input for Steps", "Solver", "Seed", "New seed", "range slider for Images"):
+        assert name in names
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_status("Done")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_tab_is_wider_than_the_screen(visit: Visit, width: int) -> None:
+    visitor = visit(width)
+    small(visitor, steps=2, images=20)
+    visitor.click("Generate")
+    visitor.wait_status("Done")
+    for tab in ("Generate", "Compare", "Trajectory"):
+        visitor.open_tab(tab)
+        assert visitor.page.evaluate("document.scrollingElement.scrollWidth") <= width

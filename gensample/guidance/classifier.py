@@ -65,5 +65,5 @@ class ClassifierGuidance:
         slope = np.asarray(affine(c, kind, "x0")[1])
         beta = np.where(active, np.asarray(c.beta), 1.0)
         factor = np.where(active, self.scale * np.asarray(c.alpha) ** 2 / (beta * slope), 0.0)
-        delta = per_row(np.broadcast_to(factor, len(x)), output) * gradient.to(output)
+        delta = per_row(np.broadcast_to(factor, len(x)).copy(), output) * gradient.to(output)
         return Guided(output.detach() + delta, None, {"confidence": log_p.detach().exp()})

@@ -150,11 +150,11 @@ def bench_loading(peers: Peers, folder: str, args: argparse.Namespace) -> None:
         for block in range(args.repeats):
             part = list(range(block * args.images // args.repeats, (block + 1) * args.images // args.repeats))
             ours["decode"].append(
-                timed(lambda: [decode_image(f, ImagePolicy()) for f in single])["cpu"] / 100
+                timed(lambda p=single: [decode_image(f, ImagePolicy()) for f in p])["cpu"] / 100
             )
             theirs["decode"].append(peers.ask("decode", files=single))
             decoded = [decode_image(f, ImagePolicy()) for f in single]
-            ours["resize"].append(timed(lambda d=decoded: [prepare(x) for x in d])["cpu"] / 100)
+            ours["resize"].append(timed(lambda d=decoded, to=prepare: [to(x) for x in d])["cpu"] / 100)
             theirs["resize"].append(peers.ask("resize", folder=folder, files=single))
             mine = timed(lambda s=source, p=part: load_ours(s, p, args.workers))
             other = peers.ask("load", files=[names[i] for i in part], workers=args.workers)

@@ -260,3 +260,21 @@ def test_convert_weights_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "the file was not opened" in capsys.readouterr().err
     assert main([*arguments, "--sha256", "0" * 64]) == 2
     assert not (tmp_path / "w.safetensors").exists()
+
+
+def test_shipped_names_work_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
+    for i, image in enumerate(levels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    arguments = ["--features", "fashion-b", "--json", "--quiet", "--no-kid", "--no-prdc"]
+    assert main(["fid", "fashion:test", str(tmp_path), *arguments]) == 0
+    noise = json.loads(capsys.readouterr().out)
+    assert (noise["n_reference"], noise["dimension"], noise["features"]) == (10_000, 64, "fashion-b")
+    steps = ["--samples", "6", "--pipeline-args", '{"num_inference_steps": 4}']
+    assert main(["fid", "fashion:test", "fashion", *steps, *arguments]) == 0
+    drawn = json.loads(capsys.readouterr().out)
+    assert drawn["generated"]["kind"] == "pipeline"
+    # Six clothes are a poor sample, but noise is no clothes at all.
+    assert drawn["frechet_distance"] < noise["frechet_distance"]
+    assert main(["fid", "fashion:train", str(tmp_path), *arguments]) == 2
+    assert "fashion:train" in capsys.readouterr().err

@@ -30,8 +30,8 @@ def names(source: FolderSource | ZipSource) -> list[str]:
 
 
 def test_natural_order() -> None:
-    ordered = ["2.png", "10.png", "a1.png", "a02.png", "a10.png", "b.png"]
-    assert sorted(ordered[::-1], key=natural_key) == ordered
+    shuffled = ["b.png", "10.png", "a10.png", "a1.png", "2.png", "a02.png"]
+    assert sorted(shuffled, key=natural_key) == ["2.png", "10.png", "a1.png", "a02.png", "a10.png", "b.png"]
 
 
 def test_folder_is_recursive_with_any_case_of_extension(tmp_path: Path) -> None:

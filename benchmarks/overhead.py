@@ -159,7 +159,9 @@ def report(times: dict[str, list[tuple[float, float]]], options: argparse.Namesp
         low, high = interval(ratios)
         bare = float(np.median([b for _, b in pairs]))
         each = 1000 * bare / options.steps
-        lines.append(f"{name:38s} {np.median(ratios):.4f}  [{low:.4f}, {high:.4f}]   forwards {each:.2f} ms each")
+        lines.append(
+            f"{name:38s} {np.median(ratios):.4f}  [{low:.4f}, {high:.4f}]   forwards {each:.2f} ms each"
+        )
     return "\n".join(lines)
 
 

@@ -62,10 +62,11 @@ format: $(DEV_ENV) ## apply ruff's fixes and its formatter
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(DEV_ENV) ## run every script of benchmarks/, one after another
-	@set -e; for script in benchmarks/*.py; do \
-		echo "== $$script"; $(VENV)/bin/python "$$script"; \
-	done
+bench: $(DEV_ENV) ## sampling's overhead; and, with PEERS=venv/bin/python, FID tools side by side
+	$(VENV)/bin/python benchmarks/overhead.py
+ifdef PEERS
+	$(VENV)/bin/python benchmarks/fid.py --peers $(PEERS)
+endif
 
 clean: ## remove build products and caches; environments and results stay
 	rm -rf build dist gensample.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -13,10 +13,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensample.apps.fid import report_errors
+from gensample.apps.guidance_options import add_guidance_arguments, check_guidance, guidance_rule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--labels", default="0-9", help="indices, ranges and names: 0-4,bag,7")
     add("--per-label", type=int, default=8, help="images of each label: one row of the grid")
     add("--steps", type=int, default=32, help="sampling steps")
-    add("--guidance", choices=["cfg"], default="cfg", help="guidance rule")
-    add("--scale", type=float, default=1.0, help="guidance scale; 1 is the conditional model")
+    add_guidance_arguments(parser)
     add("--solver", help="euler, ddim, heun, em, exp or exp2m; default: the pipeline's scheduler")
     add("--diffusion", help="of em, exp and exp2m: sigma, constant or sbdm, with a scale as in sigma:0.5")
     add("--seed", type=int, default=0, help="sample i depends on this and i alone")
@@ -68,7 +69,9 @@ def _sample(ns: Any, w: World) -> None:
     options = _options(ns)
     _check_outputs(ns, w)
     pipe = class_conditional(load_quietly(ns.model, revision=ns.revision), ns.model)
-    pipe.to(device_of(ns.device, w))
+    device = device_of(ns.device, w)
+    pipe.to(device)
+    options = replace(options, guidance=guidance_rule(ns, pipe, device))
     started = time.monotonic()
     kinds = denoiser_from_pipeline(pipe, class_labels=parse_labels(ns.labels, pipe.labels))
     classes = kinds.conditioning.batched["class_labels"].tolist()
@@ -107,7 +110,6 @@ def _sample(ns: Any, w: World) -> None:
 def _options(ns: Any) -> DrawOptions:
     """The checked options of the draw, by the names of the command line."""
     from gensample.apps.drawing import DrawOptions
-    from gensample.guidance import CFG
     from gensample.solvers import SOLVERS, STOCHASTIC_SOLVERS
 
     for name in ("steps", "per_label", "batch_size"):
@@ -117,11 +119,11 @@ def _options(ns: Any) -> DrawOptions:
         raise ValueError(f"--solver {ns.solver} is unknown; use one of {', '.join(SOLVERS)}")
     if ns.diffusion is not None and ns.solver not in STOCHASTIC_SOLVERS:
         raise ValueError(f"--diffusion {ns.diffusion} needs --solver {', '.join(STOCHASTIC_SOLVERS)}")
+    check_guidance(ns)
     return DrawOptions(
         steps=ns.steps,
         batch_size=ns.batch_size,
         seed=ns.seed,
-        guidance=CFG(ns.scale),
         solver=ns.solver,
         diffusion=None if ns.diffusion is None else _diffusion(ns.diffusion),
         quiet=ns.quiet,

@@ -52,7 +52,7 @@ def load(
     Args:
         name_or_path: an existing folder, the name of a shipped asset (``"fashion"``), or a Hub id
             (``"user/name"``), looked up in this order.
-        revision: branch, tag or commit of a Hub repository.
+        revision: branch, tag or commit of a Hub repository; refused for a folder and a shipped asset.
         local_files_only: never ask the network for a Hub id; ``HF_HUB_OFFLINE=1`` does the same.
         device: where to put it; default the CPU.
         dtype: of the weights; default float32.
@@ -108,12 +108,14 @@ def check_weights(loaded: Any, folder: Path) -> None:
 def _folder(name_or_path: str | Path, revision: str | None, local_files_only: bool) -> Path:
     """The local folder of a path, asset or Hub id; downloads only the last."""
     path = Path(name_or_path).expanduser()
+    shipped = asset_path(str(name_or_path))
+    if revision is not None and (path.exists() or shipped is not None):
+        raise LoadError(f"revision={revision!r} is of Hub repositories, and {name_or_path} lies on this disk")
     if path.exists():
         if not path.is_dir():
             raise LoadError(f"{path} is a file; give the folder that holds model_index.json or config.json")
         return path
     name = str(name_or_path)
-    shipped = asset_path(name)
     if shipped is not None:
         return shipped
     if isinstance(name_or_path, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):

@@ -170,7 +170,8 @@ def sample(
         ``height=`` or ``class_labels=``) or a Denoiser with its conditioning bound.
     num_samples: for unconditional models; otherwise the conditioning says how many.
     guidance: a rule of ``gensample.guidance``; None is the plain conditional model.
-    solver: a name of ``gensample.solvers.SOLVERS``, a Solver, or None for the pipeline's own scheduler.
+    solver: a name of ``gensample.solvers.SOLVERS``, a Solver (with its own times: ``num_inference_steps`` is not
+        read), or None for the pipeline's own scheduler.
     diffusion: of a stochastic solver; see ``gensample.solvers.Diffusion``.
     generator, sample_ids: the noise; see ``NoiseStream.from_generator``.
     latents: initial noise (B, ...) instead of drawn noise.
@@ -223,6 +224,11 @@ def choose_solver(
     if isinstance(solver, Solver):
         if diffusion is not None:
             raise ValueError("diffusion is part of a Solver object; give it to make_solver instead")
+        if (solver.path, solver.prediction_type) != (denoiser.path, denoiser.prediction_type):
+            raise ValueError(
+                f"this solver integrates {solver.prediction_type!r} on {solver.path}, the model answers "
+                f"{denoiser.prediction_type!r} on {denoiser.path}; make it with the denoiser's path and prediction_type"
+            )
         return solver
     if solver is None and denoiser.scheduler is not None:
         if diffusion is not None:

@@ -98,6 +98,12 @@ def test_a_hub_id_is_fetched_once_without_code(saved: Path, monkeypatch: pytest.
     assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in options["allow_patterns"])
 
 
+@pytest.mark.parametrize("name", [".", "fashion"])
+def test_a_revision_is_of_the_hub(name: str) -> None:
+    with pytest.raises(LoadError, match="revision='main'"):
+        gensample.load(name, revision="main")
+
+
 def test_offline_a_hub_id_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(LoadError, match="'someone/clothes' is not a folder and cannot be had from the Hub"):

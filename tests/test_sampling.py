@@ -353,3 +353,9 @@ def test_guidance_that_is_no_rule() -> None:
 def test_unknown_conditioning_names_what_the_pipeline_takes() -> None:
     with pytest.raises(TypeError, match=r"promt.*class_labels"):
         sample(tiny_dit(), promt="shirt")
+
+
+def test_a_solver_of_another_process_is_refused() -> None:
+    solver = make_solver("exp", path=LinearInterpolant(), prediction_type="velocity", times=[0.1, 1.0])
+    with pytest.raises(ValueError, match=r"'velocity' on Linear.*'epsilon' on GVP"):
+        sample(tiny_dit(), class_labels=[1], solver=solver)

@@ -162,7 +162,7 @@ class Denoiser:
         The state is cast to the network's dtype and the answer back to float32 (float64 if x is).
         ``grad=True`` keeps the graph even under an outer ``no_grad``; the default builds none.
 
-        Raises ValueError for an unknown net, or where rows of x, t and cond disagree.
+        Raises ValueError for an unknown net, a time outside [0, 1], or where rows of x, t and cond disagree.
         """
         cond = self._checked(x, cond)
         module, context = self._network(net, grad)
@@ -286,6 +286,9 @@ class Denoiser:
         return {**fields, **cond.shared}
 
     def _timestep_rows(self, t: Time, x: Tensor) -> Tensor:
+        t = _host(t)
+        if not np.all((t >= 0.0) & (t <= 1.0)):
+            raise ValueError(f"t={t} must lie in [0, 1] (0 is noise, 1 is data)")
         timestep = self.timestep(t)
         if isinstance(timestep, float):
             return torch.full((x.shape[0],), timestep, dtype=torch.float32, device=self.device)
@@ -297,11 +300,11 @@ class Denoiser:
 
 
 def _checked_steps(num_inference_steps: Any) -> int:
-    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+    if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int | np.integer):
         raise ValueError(f"num_inference_steps={num_inference_steps!r} must be a whole number")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
-    return num_inference_steps
+    return int(num_inference_steps)
 
 
 def _native(answer: Tensor, x: Tensor) -> NativeOutput:

@@ -285,3 +285,13 @@ def test_bad_input_is_named(x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"answered shape \(1, 1\) to x of shape \(2, 1\)"):
         unscheduled.denoise(torch.zeros(2, 1), 0.5)
     assert unscheduled.evaluations == 0
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.5, math.nan, torch.tensor([0.5, 2.0])])
+def test_times_outside_the_unit_interval(t: Any) -> None:
+    denoiser = Denoiser.from_model(
+        lambda x, t: x, latent_shape=(1,), prediction_type="flow_prediction", num_samples=2
+    )
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        denoiser.denoise(torch.zeros(2, 1), t)
+    assert denoiser.evaluations == 0

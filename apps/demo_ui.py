@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -160,12 +161,19 @@ def connect(
     """Let the buttons start and stop ``function``, a generator whose first output is the status line."""
     from gensample.apps.demo_pictures import status
 
+    def at_once(message: str) -> str:
+        """JavaScript that sets the status line without asking the server, whose turn may be long in coming."""
+        return f"() => {json.dumps(status(None, message))}"
+
     start, stop = buttons
+    start.click(None, None, outputs[:1], js=at_once("Waiting for a turn"), api_visibility="private")
     # preprocess=False: the engine checks raw values itself and says what is wrong with them.
     event = start.click(
         wants_request(function), inputs, outputs, api_name=api_name, concurrency_id="engine", concurrency_limit=1,
-        trigger_mode="once", preprocess=False, show_progress="minimal", show_progress_on=outputs[:1],
+        trigger_mode="once", preprocess=False, show_progress="hidden",
     )  # fmt: skip
+
+    event.failure(None, None, outputs[:1], js=at_once("Refused: see the message."), api_visibility="private")
 
     def halt(request: Any) -> str:
         stopped = stage.runs.stop(session_of(request))

@@ -126,13 +126,26 @@ def test_a_waiting_user_can_leave_the_queue(visit: Visit, demo: Demo) -> None:
     first.wait_status(BEGUN)
     finished = demo.health()["finished"]
     second.click("Generate")
-    time.sleep(1)
+    second.wait_status("Waiting for a turn")
     second.click("Stop")
     second.wait_status("Nothing is running")
     first.click("Stop")
     first.wait_status("Stopped")
     time.sleep(1)
     assert demo.health()["finished"] == finished
+
+
+def test_a_refused_value_is_explained_and_the_next_run_works(visit: Visit) -> None:
+    visitor = visit()
+    small(visitor, steps=2, images=1)
+    seed = visitor.page.get_by_role("spinbutton", name="Seed", exact=True)
+    seed.fill("-4")
+    visitor.click("Generate")
+    visitor.page.get_by_text("seed -4 must be a number from 0 to 2147483647").wait_for()
+    visitor.wait_status("Refused")
+    seed.fill("4")
+    visitor.click("Generate")
+    visitor.wait_status("Done")
 
 
 def test_everything_is_reached_by_keyboard(visit: Visit) -> None:

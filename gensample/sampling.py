@@ -110,7 +110,8 @@ def walk(
     for step in range(num_steps):
         x, state = advance(solver, x, state, evaluate, draw)
         output, at, info = answer
-        guard.check(output, step, 1.0 - at[1], last=state.stage == num_stages)
+        sigma = float(solver.path.coefficients(at[1]).alpha)
+        guard.check(output, step, sigma, last=state.stage == num_stages)
         if step == num_steps - 1 and not bool(torch.isfinite(x).all()):
             sample = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
             raise FloatingPointError(f"the last step left sample {sample} with values that are not finite")

@@ -18,7 +18,7 @@ class FiniteGuard:
         self._seen: list[tuple[int, float, Tensor]] = []
 
     def check(self, output: Tensor, step: int, sigma: float, *, last: bool) -> None:
-        """Record the network's ``output`` (B, ...) of ``step`` at noise level ``sigma``.
+        """Record the network's ``output`` (B, ...) of ``step`` at noise level ``sigma``: alpha(t) of the path.
 
         Raises FloatingPointError naming step, noise level and sample of the first non-finite output.
         """

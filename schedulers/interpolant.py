@@ -282,7 +282,8 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if stage > last_stage:
             raise ValueError(f"all {last_stage + 1} steps are done; call set_timesteps before stepping again")
         step = solver.step_of_stage[stage]
-        self._finite.check(model_output, step, 1.0 - solver.stage_times[stage], last=stage == last_stage)
+        sigma = float(self._path.coefficients(solver.stage_times[stage]).alpha)
+        self._finite.check(model_output, step, sigma, last=stage == last_stage)
         x = self._kept.take(sample, within_step=stage > 0 and solver.step_of_stage[stage - 1] == step)
         draw = (
             partial(self._noise.draw, x, step) if generator is None else partial(draw_explicit, x, generator)

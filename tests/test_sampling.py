@@ -359,3 +359,10 @@ def test_a_solver_of_another_process_is_refused() -> None:
     solver = make_solver("exp", path=LinearInterpolant(), prediction_type="velocity", times=[0.1, 1.0])
     with pytest.raises(ValueError, match=r"'velocity' on Linear.*'epsilon' on GVP"):
         sample(tiny_dit(), class_labels=[1], solver=solver)
+
+
+def test_the_noise_level_of_an_error_is_that_of_the_path() -> None:
+    denoiser = denoiser_from_pipeline(tiny_dit(), class_labels=[1])
+    alpha = denoiser.path.coefficients(denoiser.times(STEPS)[0]).alpha
+    with pytest.raises(FloatingPointError, match=rf"step 0 \(noise level sigma = {alpha:.4g}\)"):
+        sample(denoiser, latents=torch.full((1, 4, 8, 8), math.nan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def _index(label: int | str, num_classes: int, names: Mapping[str, int]) -> int:
         if label in names:
             return int(names[label])
         raise ValueError(f"class_labels has {label!r}, which is unknown; {_hint(label, names, num_classes)}")
-    if isinstance(label, bool) or int(label) != label or not 0 <= label < num_classes:
+    if isinstance(label, bool) or not isinstance(label, Integral) or not 0 <= label < num_classes:
         raise ValueError(f"class_labels has {label!r}; labels are whole numbers 0..{num_classes - 1}")
     return int(label)
 

@@ -183,6 +183,7 @@ def test_class_conditional_pipeline_under_our_scheduler(ours: Any, solver: str) 
     [
         (["bot"], r"'bot', which is unknown; .*'boot'"),
         ([10], r"10; labels are whole numbers 0\.\.9"),
+        ([[1]], r"\[1\]; labels are whole numbers"),
         ([-1], "-1; labels"),
         ([True], "True; labels"),
         ([1.5], r"1\.5; labels"),

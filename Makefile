@@ -44,7 +44,7 @@ $(UI_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
 demo: $(RUN_ENV) ## draw clothes with the shipped model into out/ and print their score
 	$(VENV)/bin/gensample quickstart --out $(OUT)
 
-serve: $(DEMO_ENV) ## the same in a web page on http://127.0.0.1:$(PORT) (needs the package index for Gradio)
+serve: $(DEMO_ENV) ## the shipped model in a web page on this machine (PORT, default 7860)
 	$(VENV)/bin/gensample demo --port $(PORT)
 
 test: $(DEV_ENV) ## run the tests (pytest's options in ARGS)

@@ -64,13 +64,15 @@ def test_contents(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"gensample", dist_info}
     assert "gensample = gensample.apps.cli:main" in entry_points
     assert f"{dist_info}/licenses/LICENSE" in names
-    modules = {
-        str(Path(folder, name).relative_to(ROOT))
+    expected = {
+        Path(folder, name).relative_to(ROOT).as_posix()
         for folder, _, files in os.walk(ROOT / "gensample", followlinks=True)
         for name in files
-        if name.endswith((".py", ".typed", ".safetensors", ".json", ".md", ".png"))
+        if (name.endswith(".py") and "__init__.py" in files)  # not the Space's script
+        or (name.endswith((".safetensors", ".json", ".md", ".png")) and "/assets/" in folder)
+        or name == "py.typed"
     }
-    assert {name for name in names if name.startswith("gensample/")} == modules
+    assert {name for name in names if name.startswith("gensample/")} == expected
 
 
 USE = """

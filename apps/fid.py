@@ -87,7 +87,7 @@ def _convert(ns: Any) -> None:
 
 
 def _compare(ns: Any, w: World) -> None:
-    from gensample.apps.fid_options import evaluation_options, make_features
+    from gensample.apps.fid_options import choose_device, evaluation_options, make_features
     from gensample.apps.fid_sides import open_side
     from gensample.metrics.collect import Side
     from gensample.metrics.errors import InputError
@@ -100,9 +100,10 @@ def _compare(ns: Any, w: World) -> None:
         raise InputError(f"--bootstrap must be 0 (off) or at least 2; got {ns.bootstrap}")
     if not 0 < ns.confidence < 1:
         raise InputError(f"--confidence must be between 0 and 1; got {ns.confidence}")
-    opened = [open_side(text, ns) for text in (ns.real, ns.fake)]
+    device = choose_device(ns, w)
+    opened = [open_side(text, ns, device) for text in (ns.real, ns.fake)]
     # Neither side is read before the other is known to exist; two files of statistics need no network.
-    extractor = None if all(isinstance(side, Side) for side in opened) else make_features(ns, w)
+    extractor = None if all(isinstance(side, Side) for side in opened) else make_features(ns, w, device)
     sides: list[Side | None] = []
     for side in opened:
         if isinstance(side, Side) or extractor is None:

@@ -105,7 +105,7 @@ def choose_device(ns: Any, world: World) -> str:
         raise InputError(f"--device {ns.device}: {error}") from error
 
 
-def make_features(ns: Any, world: World) -> FeatureExtractor:
+def make_features(ns: Any, world: World, device: str) -> FeatureExtractor:
     """Return the feature extractor of the arguments.
 
     Raises:
@@ -114,7 +114,6 @@ def make_features(ns: Any, world: World) -> FeatureExtractor:
     from gensample.metrics.errors import InputError
     from gensample.metrics.features import inception_extractor, module_extractor, transformers_extractor
 
-    device = choose_device(ns, world)
     if ns.features == "inception":
         return inception_extractor(_inception_weights(ns, world), resize=ns.resize, device=device)
     if ns.features in ("dinov2", "clip"):

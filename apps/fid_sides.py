@@ -19,8 +19,10 @@ SIDE_HELP = (
 )
 
 
-def open_side(text: str, ns: Any) -> Side | ImageSource | SampledSource:
+def open_side(text: str, ns: Any, device: str) -> Side | ImageSource | SampledSource:
     """Return what the word names: a finished side for statistics, else a source of images.
+
+    A pipeline is put on `device`.
 
     Raises:
         InputError: nothing of that name, or a file of no known kind.
@@ -33,10 +35,10 @@ def open_side(text: str, ns: Any) -> Side | ImageSource | SampledSource:
     path = Path(text)
     if path.is_dir():
         if (path / "model_index.json").is_file():
-            return _pipeline_source(text, ns)
+            return _pipeline_source(text, ns, device)
         return FolderSource(text, policy=image_policy(ns), symlinks=ns.symlinks, hidden=ns.hidden)
     if not path.exists():
-        return _shipped(text, ns)
+        return _shipped(text, ns, device)
     suffix = path.suffix.lower()
     if suffix == ".zip":
         return ZipSource(text, policy=image_policy(ns), hidden=ns.hidden)
@@ -59,19 +61,19 @@ def _saved_statistics(text: str) -> Side:
         raise InputError(str(error)) from error
 
 
-def _shipped(text: str, ns: Any) -> Side | SampledSource:
+def _shipped(text: str, ns: Any, device: str) -> Side | SampledSource:
     from gensample.apps.fid_shipped import shipped_pipelines, shipped_statistics
     from gensample.metrics.evaluate import side_from_statistics
 
     if text in shipped_pipelines():
-        return _pipeline_source(text, ns)
+        return _pipeline_source(text, ns, device)
     found = shipped_statistics(text)
     if found is None:
         raise InputError(f"{text}: no such file or folder, and not a shipped name; expected {SIDE_HELP}")
     return side_from_statistics(text, *found)
 
 
-def _pipeline_source(text: str, ns: Any) -> SampledSource:
+def _pipeline_source(text: str, ns: Any, device: str) -> SampledSource:
     from gensample.apps.fid_pipeline import PipelineSource
 
     if ns.samples is None:
@@ -90,7 +92,7 @@ def _pipeline_source(text: str, ns: Any) -> SampledSource:
             prompts = [line for line in Path(ns.prompts).read_text().splitlines() if line.strip()]
         except OSError as error:
             raise InputError(f"--prompts {ns.prompts}: cannot read ({error.strerror})") from error
-    return PipelineSource(text, ns.samples, ns.seed, arguments=arguments, prompts=prompts)
+    return PipelineSource(text, ns.samples, ns.seed, arguments=arguments, prompts=prompts, device=device)
 
 
 def _members(path: Path) -> list[str]:

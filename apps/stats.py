@@ -33,7 +33,7 @@ def run(namespace: Any) -> int:
 
 def _compute(ns: Any, w: Any) -> None:
     from gensample import __version__
-    from gensample.apps.fid_options import evaluation_options, make_features
+    from gensample.apps.fid_options import choose_device, evaluation_options, make_features
     from gensample.apps.fid_sides import open_side
     from gensample.metrics.collect import Side
     from gensample.metrics.errors import InputError
@@ -43,10 +43,11 @@ def _compute(ns: Any, w: Any) -> None:
     if target.suffix != ".safetensors" or not target.parent.is_dir():
         raise InputError(f"--output {target}: must be a .safetensors file in an existing folder")
     options = evaluation_options(ns)
-    source = open_side(ns.images, ns)
+    device = choose_device(ns, w)
+    source = open_side(ns.images, ns, device)
     if isinstance(source, Side):
         raise InputError(f"{ns.images} already is statistics")
-    side = evaluate_side(source, make_features(ns, w), options, w)
+    side = evaluate_side(source, make_features(ns, w, device), options, w)
     if side is None:
         return
     side.statistics.metadata["version"] = __version__

@@ -45,7 +45,9 @@ class FeatureExtractor:
         """Return features (M, D) of levels (M, C, S, S), on the module's device in float32."""
         parameter = next(self.module.parameters(), None)
         device = parameter.device if parameter is not None else levels.device
-        features: Tensor = self.module(self.prepare(levels.to(device)))
+        # TF32 convolutions, cuDNN's default, keep 10 bits of mantissa.
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            features: Tensor = self.module(self.prepare(levels.to(device)))
         return features
 
 

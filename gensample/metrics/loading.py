@@ -9,6 +9,7 @@ Shapes: M rows of a micro-batch, C channels, H × W pixels; levels in 0..255.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -132,6 +133,7 @@ def _read_in_workers(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_freeze_inherited_objects,
         # DataLoader draws a base seed at every start; give it a generator so the global one stays untouched.
         generator=torch.Generator(),
     )
@@ -148,6 +150,11 @@ def _read_in_workers(
         else:
             yield _collect(shape, waiting[:size])
             waiting = waiting[size:]
+
+
+def _freeze_inherited_objects(worker: int) -> None:
+    """Keep the collector of a forked worker off the parent's objects: visiting them would copy every page."""
+    gc.freeze()
 
 
 def _collate(

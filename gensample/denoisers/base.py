@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gensample.denoisers.adapters import adapters_disabled
+from gensample.denoisers.attention import attention_of
 from gensample.denoisers.conditioning import Conditioning
 from gensample.denoisers.process import (
     FlowTimes,
@@ -58,6 +59,8 @@ class Denoiser:
         scheduler: the pipeline's own scheduler, never changed; or None.
         device: where x and the conditioning go.
         evaluations: rows evaluated so far, over all nets; a batch of 8 counts 8.
+        attention_backend: a Diffusers attention backend to insist on; None probes the device once and stays with
+            PyTorch's own attention wherever that has a fused kernel.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Denoiser:
         self.device = torch.device(device) if device is not None else _device(self.nets["main"])
         self.conditioning = conditioning.to(self.device)
         self.evaluations = 0
+        self.attention_backend: str | None = None
         self._decoder = decoder
         self._dtypes: dict[int, tuple[torch.dtype, torch.dtype]] = {}
 
@@ -169,7 +173,8 @@ class Denoiser:
         # x of a float64 oracle stays float64; the parameters of a real network decide.
         dtype = self._compute_dtype(module) or x.dtype
         timestep = self._timestep_rows(t, x)
-        with torch.set_grad_enabled(grad), context:
+        attention = attention_of(module, self.device, dtype, self.attention_backend)
+        with torch.set_grad_enabled(grad), context, attention:
             answer = self.forward(module, x.to(self.device, dtype), timestep, self._fields(cond, dtype))
             native = _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
         self.evaluations += x.shape[0]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+_MOST_CUT = 100
+
 Step = TypeVar("Step")
 
 
@@ -48,6 +50,7 @@ class Runs:
     def __init__(self) -> None:
         """Start with none."""
         self._runs: dict[str, list[Run[Any]]] = {}
+        self._cut: dict[str, Run[Any]] = {}  # ended from outside, and not yet told
         self._lock = threading.Lock()
 
     @contextmanager
@@ -56,8 +59,15 @@ class Runs:
         run = Run(steps())
         with self._lock:
             self._runs.setdefault(session, []).append(run)
+            self._cut.pop(session, None)
         try:
             yield run
+        except GeneratorExit:  # Gradio closed the handler before Stop's own request arrived
+            with self._lock:
+                self._cut[session] = run
+                while len(self._cut) > _MOST_CUT:
+                    del self._cut[next(iter(self._cut))]
+            raise
         finally:
             with self._lock:
                 self._runs[session].remove(run)
@@ -66,9 +76,10 @@ class Runs:
             run.stop()
 
     def stop(self, session: str) -> list[Run[Any]]:
-        """Stop all runs of ``session`` and return them."""
+        """Stop all runs of ``session`` and return them, or the one that was just cut off."""
         with self._lock:
-            runs = list(self._runs.get(session, ()))
+            cut = self._cut.pop(session, None)
+            runs = list(self._runs.get(session, ())) or ([cut] if cut is not None else [])
         for run in runs:
             run.stop()
         return runs

@@ -181,6 +181,7 @@ def connect(
             return status(None, "Nothing is running.")
         return status(stopped[0].last, "Stopped", done=True)
 
+    # `cancels` takes what still waits out of the queue; `halt` ends what runs.
     stop.click(
         wants_request(halt), None, outputs[:1], cancels=[event], queue=False, api_visibility="private",
         show_progress="hidden",

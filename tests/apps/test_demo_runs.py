@@ -75,6 +75,22 @@ def test_stopping_one_session_leaves_the_others_alone() -> None:
     assert theirs.closed
 
 
+def test_a_run_whose_handler_was_closed_is_told_once() -> None:
+    steps, runs = Steps(), Runs()
+
+    def handler() -> Generator[int, None, None]:
+        with runs.started("me", steps) as run:
+            yield from run
+
+    closed = handler()
+    next(closed)
+    closed.close()
+    assert steps.closed
+    (run,) = runs.stop("me")
+    assert run.last == 0
+    assert runs.stop("me") == []
+
+
 def test_stopping_an_idle_session_finds_nothing() -> None:
     assert Runs().stop("nobody") == []
 

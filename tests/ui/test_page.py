@@ -129,6 +129,7 @@ def test_a_waiting_user_can_leave_the_queue(visit: Visit, demo: Demo) -> None:
     second.wait_status("Waiting for a turn")
     second.click("Stop")
     second.wait_status("Nothing is running")
+    second.page.wait_for_timeout(2000)  # the request leaves the queue right after the message
     first.click("Stop")
     first.wait_status("Stopped")
     time.sleep(1)

@@ -25,8 +25,9 @@ from torch import Tensor
 ResizeMode = Literal["clean", "legacy-torch", "legacy-tf", "none"]
 RESIZE_MODES: tuple[str, ...] = get_args(ResizeMode)
 
-# Output rows per block of the banded product: small enough to skip most zeros, large enough for a fast GEMM.
-_BLOCK = 32
+# Outputs per block of the banded product: small enough to skip most zeros, large enough for a fast GEMM.
+# Along H the matrix beside the band is wide, so smaller blocks still keep the GEMM busy.
+_BLOCK_H, _BLOCK_W = 16, 32
 
 
 def resize_matrix(mode: str, size_in: int, size_out: int) -> np.ndarray:
@@ -75,22 +76,27 @@ def resize(image: Tensor, size: int, mode: ResizeMode) -> Tensor:
     if height != size:
         # Along H first: the rows of an (H, W, C) image already are one wide matrix.
         columns = x.permute(1, 2, 0).reshape(height, width * channels)
-        tall = torch.cat([w @ columns[low:high] for low, high, w in _bands(mode, height, size, x.device)])
+        tall, row = x.new_empty(size, width * channels), 0
+        for low, high, w in _bands(mode, height, size, _BLOCK_H, x.device):
+            torch.mm(w, columns[low:high], out=tall[row : row + len(w)])
+            row += len(w)
         x = tall.reshape(size, width, channels).permute(2, 0, 1)
     if width != size:
         rows = x.reshape(channels * size, width)
-        wide = [rows[:, low:high] @ w.T for low, high, w in _bands(mode, width, size, x.device)]
+        wide = [rows[:, low:high] @ w.T for low, high, w in _bands(mode, width, size, _BLOCK_W, x.device)]
         x = torch.cat(wide, dim=1).reshape(channels, size, size)
-    return x.clamp(0.0, 255.0)
+    return x.clamp_(0.0, 255.0)
 
 
 @lru_cache(maxsize=64)
-def _bands(mode: str, size_in: int, size_out: int, device: torch.device) -> list[tuple[int, int, Tensor]]:
-    """Return R by blocks of rows as (low, high, weights): the block reads only inputs low..high-1."""
+def _bands(
+    mode: str, size_in: int, size_out: int, rows: int, device: torch.device
+) -> list[tuple[int, int, Tensor]]:
+    """Return R by blocks of `rows` rows as (low, high, weights): the block reads only inputs low..high-1."""
     matrix = resize_matrix(mode, size_in, size_out)
     bands = []
-    for start in range(0, size_out, _BLOCK):
-        block = matrix[start : start + _BLOCK]
+    for start in range(0, size_out, rows):
+        block = matrix[start : start + rows]
         used = np.flatnonzero(block.any(0))
         low, high = int(used[0]), int(used[-1]) + 1
         weights = torch.from_numpy(block[:, low:high].astype(np.float32))

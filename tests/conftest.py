@@ -13,7 +13,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # read by OpenMP when torch is loaded
+# Read by OpenMP when torch is loaded.  One thread: on tensors this small a second one only waits, and on busy
+# cores its waiting multiplies the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import functools
 import importlib.util

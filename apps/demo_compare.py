@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gensample.apps.demo_engine import Settings
-from gensample.apps.demo_pictures import status, table, tiles
+from gensample.apps.demo_pictures import status, table, tiles, waiting
 from gensample.apps.demo_ui import (
     Stage,
     clear_errors,
@@ -77,10 +77,12 @@ def compare_tab(stage: Stage) -> None:
             )
             names = [engine.class_names[i] for i in sides[0].labels]
             finished: list[Side] = []
-            yield status(None, "Starting"), "", "", ""
             with stage.runs.started(
                 session_of(request), lambda: both(engine, stage.judge, sides, finished)
             ) as run:
+                yield status(None, "Starting"), "", "", ""
+                for ahead in stage.runs.turn(run):
+                    yield waiting(ahead), gr.skip(), gr.skip(), gr.skip()
                 for progress in run:
                     side = len(finished) - (progress.images is not None)
                     updates: list[Any] = [gr.skip(), gr.skip()]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gensample.apps.demo_engine import ALL_CLASSES
-from gensample.apps.demo_pictures import enlarged, status, tiles
+from gensample.apps.demo_pictures import enlarged, status, tiles, waiting
 from gensample.apps.demo_ui import (
     Stage,
     clear_errors,
@@ -52,8 +52,10 @@ def generate_tab(stage: Stage) -> None:
                 label=label, steps=steps, solver=solver, scale=scale, seed=seed, count=count
             )
             names = [engine.class_names[i] for i in settings.labels]
-            yield status(None, "Starting"), gr.skip(), gr.skip()
             with stage.runs.started(session_of(request), lambda: engine.draw(settings)) as run:
+                yield status(None, "Starting"), gr.skip(), gr.skip()
+                for ahead in stage.runs.turn(run):
+                    yield waiting(ahead), gr.skip(), gr.skip()
                 for progress in run:
                     if progress.images is not None and progress.preview is not None:
                         pictures = list(zip(enlarged(progress.preview), names, strict=True))

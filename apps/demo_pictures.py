@@ -84,6 +84,11 @@ def status(progress: Progress | None, message: str = "", *, done: bool = False) 
     return f'<div class="gs-status"{live}>{bar}<p>{text}</p></div>'
 
 
+def waiting(ahead: int) -> str:
+    """The line above the pictures for a run with ``ahead`` others before it."""
+    return status(None, f"Waiting for a turn · {ahead} ahead")
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
     """A table whose first column names the rows, with a note below."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)

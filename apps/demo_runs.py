@@ -1,4 +1,8 @@
-"""Runs under way, by browser session, so that Stop ends the network's work and not only the display."""
+"""Runs that wait or are under way, by browser session: one line in front of the network, which Stop can leave.
+
+The line is kept here and not by Gradio, whose queue tells a waiting user nothing when the request is withdrawn: here
+a run that waits and one under way are stopped, and their users told, in the same way.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
-_MOST_CUT = 100
+_PATIENCE = 0.5  # seconds between two words to a waiting user; also how soon a lost one is noticed
 
 Step = TypeVar("Step")
 
@@ -45,45 +49,56 @@ class Run(Generic[Step]):
 
 
 class Runs:
-    """The runs of every session."""
+    """The runs of every session, in the order of their coming; the first has the turn."""
 
-    def __init__(self) -> None:
-        """Start with none."""
-        self._runs: dict[str, list[Run[Any]]] = {}
-        self._cut: dict[str, Run[Any]] = {}  # ended from outside, and not yet told
-        self._lock = threading.Lock()
+    def __init__(self, waiting: int = 16) -> None:
+        """Start with none; at most ``waiting`` may wait for the one whose turn it is."""
+        self.waiting = waiting
+        self._line: dict[Run[Any], str] = {}  # in order, with the session
+        self._changed = threading.Condition()
 
     @contextmanager
     def started(self, session: str, steps: Callable[[], Generator[Step, None, None]]) -> Iterator[Run[Step]]:
-        """A run of ``session`` over ``steps()``; it is stopped on the way out, however that is."""
+        """A run of ``session`` over ``steps()`` at the end of the line; it is stopped on the way out, however that is.
+
+        Raises ValueError when the line is full.
+        """
         run = Run(steps())
-        with self._lock:
-            self._runs.setdefault(session, []).append(run)
-            self._cut.pop(session, None)
+        with self._changed:
+            if len(self._line) > self.waiting:
+                raise ValueError(
+                    f"Queue is full: {self.waiting} requests wait already; try again in a moment"
+                )
+            self._line[run] = session
         try:
             yield run
-        except GeneratorExit:  # Gradio closed the handler before Stop's own request arrived
-            with self._lock:
-                self._cut[session] = run
-                while len(self._cut) > _MOST_CUT:
-                    del self._cut[next(iter(self._cut))]
-            raise
         finally:
-            with self._lock:
-                self._runs[session].remove(run)
-                if not self._runs[session]:
-                    del self._runs[session]
             run.stop()
+            with self._changed:
+                del self._line[run]
+                self._changed.notify_all()
+
+    def turn(self, run: Run[Any]) -> Iterator[int]:
+        """How many are ahead of ``run``, at once and then repeatedly, until it has the turn or is stopped."""
+        while (ahead := self._ahead(run)) and not run.stopped:
+            yield ahead
+            with self._changed:
+                self._changed.wait_for(lambda: run.stopped or not self._ahead(run), _PATIENCE)
+
+    def _ahead(self, run: Run[Any]) -> int:
+        with self._changed:
+            return list(self._line).index(run)
 
     def stop(self, session: str) -> list[Run[Any]]:
-        """Stop all runs of ``session`` and return them, or the one that was just cut off."""
-        with self._lock:
-            cut = self._cut.pop(session, None)
-            runs = list(self._runs.get(session, ())) or ([cut] if cut is not None else [])
+        """Stop all runs of ``session``, under way or waiting, and return them."""
+        with self._changed:
+            runs = [run for run, owner in self._line.items() if owner == session]
         for run in runs:
             run.stop()
+        with self._changed:
+            self._changed.notify_all()
         return runs
 
     def __len__(self) -> int:
-        with self._lock:
-            return sum(map(len, self._runs.values()))
+        with self._changed:
+            return len(self._line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from gensample.apps.demo_pictures import status, strip
+from gensample.apps.demo_pictures import status, strip, waiting
 from gensample.apps.demo_ui import (
     Stage,
     clear_errors,
@@ -62,8 +62,10 @@ def trajectory_tab(stage: Stage) -> None:
             name = engine.class_names[settings.labels[0]]
             frames: list[Frame] = []
             shown = 0
-            yield status(None, "Starting"), ""
             with stage.runs.started(session_of(request), lambda: engine.trajectory(settings, frames)) as run:
+                yield status(None, "Starting"), ""
+                for ahead in stage.runs.turn(run):
+                    yield waiting(ahead), gr.skip()
                 for progress in run:
                     done = progress.images is not None
                     changed = len(frames) > shown

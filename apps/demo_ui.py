@@ -1,4 +1,4 @@
-"""The page of ``gensample demo``: one function per tab, all sharing one queue in front of the network."""
+"""The page of ``gensample demo``: one function per tab, all sharing one line in front of the network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-QUEUE_SIZE = 16
+_QUEUE_SIZE = 16  # of requests whose handler has not begun; the line itself is kept by Runs
 _CACHE_SECONDS = (600, 3600)  # look every 10 minutes for files older than an hour
 
 
@@ -61,7 +61,7 @@ def build(stage: Stage) -> Any:
             stage.runs.stop(session_of(request))
 
         page.unload(wants_request(leave))
-    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=True)
+    return page.queue(max_size=_QUEUE_SIZE, default_concurrency_limit=1, api_open=True)
 
 
 @contextmanager
@@ -159,30 +159,27 @@ def connect(
     api_name: str,
 ) -> None:
     """Let the buttons start and stop ``function``, a generator whose first output is the status line."""
+    import gradio as gr
+
     from gensample.apps.demo_pictures import status
 
-    def at_once(message: str) -> str:
-        """JavaScript that sets the status line without asking the server, whose turn may be long in coming."""
-        return f"() => {json.dumps(status(None, message))}"
-
     start, stop = buttons
-    start.click(None, None, outputs[:1], js=at_once("Waiting for a turn"), api_visibility="private")
     # preprocess=False: the engine checks raw values itself and says what is wrong with them.
+    # No limit: every handler begins at once and waits inside `Runs`, where Stop reaches it. Gradio's `cancels` would
+    # cut the stream in which the handler tells its end, and count as a failure.
     event = start.click(
-        wants_request(function), inputs, outputs, api_name=api_name, concurrency_id="engine", concurrency_limit=1,
+        wants_request(function), inputs, outputs, api_name=api_name, concurrency_limit=None,
         trigger_mode="once", preprocess=False, show_progress="hidden",
     )  # fmt: skip
 
-    event.failure(None, None, outputs[:1], js=at_once("Refused: see the message."), api_visibility="private")
+    refused = json.dumps(status(None, "Refused: see the message."))
+    event.failure(None, None, outputs[:1], js=f"() => {refused}", api_visibility="private")
 
-    def halt(request: Any) -> str:
-        stopped = stage.runs.stop(session_of(request))
-        if not stopped:
-            return status(None, "Nothing is running.")
-        return status(stopped[0].last, "Stopped", done=True)
+    def halt(request: Any) -> Any:
+        """Stop; the handler itself then says where, so that nothing it had sent before comes later."""
+        return gr.skip() if stage.runs.stop(session_of(request)) else status(None, "Nothing is running.")
 
-    # `cancels` takes what still waits out of the queue; `halt` ends what runs.
     stop.click(
-        wants_request(halt), None, outputs[:1], cancels=[event], queue=False, api_visibility="private",
+        wants_request(halt), None, outputs[:1], queue=False, api_visibility="private",
         show_progress="hidden",
     )  # fmt: skip

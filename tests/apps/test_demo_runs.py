@@ -1,4 +1,4 @@
-"""Runs that another thread stops."""
+"""Runs that wait for their turn and that another thread stops."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_stopping_one_session_leaves_the_others_alone() -> None:
     assert theirs.closed
 
 
-def test_a_run_whose_handler_was_closed_is_told_once() -> None:
+def test_a_run_whose_handler_is_closed_leaves_the_line() -> None:
     steps, runs = Steps(), Runs()
 
     def handler() -> Generator[int, None, None]:
@@ -86,9 +86,60 @@ def test_a_run_whose_handler_was_closed_is_told_once() -> None:
     next(closed)
     closed.close()
     assert steps.closed
-    (run,) = runs.stop("me")
-    assert run.last == 0
-    assert runs.stop("me") == []
+    assert len(runs) == 0
+
+
+def test_turns_come_in_order() -> None:
+    runs = Runs()
+    with runs.started("b", Steps()) as first, runs.started("a", Steps()) as second:
+        assert list(runs.turn(first)) == []
+        with runs.started("a", Steps()) as third:
+            assert next(runs.turn(second)) == 1
+            assert next(runs.turn(third)) == 2
+
+
+def test_the_turn_passes_on_when_the_first_run_ends() -> None:
+    runs, told, has_turn = Runs(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with runs.started("them", Steps()) as run:
+            for ahead in runs.turn(run):
+                assert ahead == 1
+                told.set()
+            has_turn.set()
+
+    with runs.started("me", Steps()):
+        worker = threading.Thread(target=work)
+        worker.start()
+        assert told.wait(30)
+        assert not has_turn.is_set()
+    assert has_turn.wait(30)
+    worker.join(30)
+    assert len(runs) == 0
+
+
+def test_a_waiting_run_can_be_stopped_and_computes_nothing() -> None:
+    runs, waiting = Runs(), Steps()
+    with runs.started("me", Steps()) as first, runs.started("them", waiting) as run:
+        turn = runs.turn(run)
+        assert next(turn) == 1
+        assert runs.stop("them") == [run]
+        assert list(turn) == list(run) == []
+        assert next(first) == 0
+    assert waiting.done == []
+
+
+def test_a_full_line_refuses_and_goes_on() -> None:
+    runs = Runs(waiting=1)
+    with runs.started("a", Steps()), runs.started("b", Steps()):
+        with (
+            pytest.raises(ValueError, match="Queue is full: 1 requests wait already"),
+            runs.started("c", Steps()),
+        ):
+            pass
+        assert len(runs) == 2
+    with runs.started("c", Steps()):
+        assert len(runs) == 1
 
 
 def test_stopping_an_idle_session_finds_nothing() -> None:

@@ -88,7 +88,7 @@ class Demo:
         event, _, data = last.partition("\n")
         return event.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
-    def wait_until_idle(self, seconds: float = 30) -> None:
+    def wait_until_idle(self, seconds: float = 120) -> None:
         wait_for(lambda: self.health()["running"] == 0, seconds)
 
 
@@ -185,10 +185,25 @@ class Visitor:
     def click(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).filter(visible=True).click()
 
+    def click_until(self, name: str, text: str) -> None:
+        """Click until the status moves on, then wait for ``text``: before a run's stream has ended, a click is lost."""
+        before = self.status()
+        self.click(name)
+
+        def moved() -> bool:
+            self.page.wait_for_timeout(1000)
+            if self.status() != before:
+                return True
+            self.click(name)
+            return False
+
+        wait_for(moved, 120)
+        self.wait_status(text)
+
     def status(self) -> str:
         return str(self.page.locator(".gs-status").filter(visible=True).inner_text()).strip()
 
-    def wait_status(self, text: str | re.Pattern[str], seconds: float = 90) -> None:
+    def wait_status(self, text: str | re.Pattern[str], seconds: float = 120) -> None:
         self.page.locator(".gs-status", has_text=text).filter(visible=True).wait_for(timeout=1000 * seconds)
 
 

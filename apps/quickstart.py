@@ -65,7 +65,7 @@ def _quickstart(ns: Any) -> None:
     pipe = load_quietly("fashion")
     names = list(pipe.labels)
     options = DrawOptions(
-        steps=ns.steps, batch_size=50, seed=ns.seed, guidance=CFG(ns.scale), solver=ns.solver, quiet=ns.quiet
+        steps=ns.steps, batch_size=25, seed=ns.seed, guidance=CFG(ns.scale), solver=ns.solver, quiet=ns.quiet
     )
     reference = fashion_statistics("test")
     floor = real_floor(ns.samples, reference)

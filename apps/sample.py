@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--solver", help="euler, ddim, heun, em, exp or exp2m; default: the pipeline's scheduler")
     add("--diffusion", help="of em, exp and exp2m: sigma, constant or sbdm, with a scale as in sigma:0.5")
     add("--seed", type=int, default=0, help="sample i depends on this and i alone")
-    add("--batch-size", type=int, default=50, help="images per network call; changes no image")
+    add("--batch-size", type=int, default=25, help="images per network call; changes no image")
     add("--out", help="PNG file of a grid, one row per label")
     add("--out-dir", help="folder, new or empty, for one PNG per image and labels.json")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")

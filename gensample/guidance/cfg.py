@@ -50,13 +50,17 @@ class CFG:
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
     ) -> Guided:
         """One network call at scale 0 or 1, else two rows per sample."""
+        if self.scale == 1.0:
+            return Guided(denoise(x, t, cond))
         plain = self.rescale == 0.0 and self.projection is None
         if plain and self.scale == 0.0 and self.interval is None:
             return Guided(denoise(x, t, cond.null()))
-        weight = self.weights(t, len(x)).to(x.device)
+        weight = self.weights(t, len(x))  # on the host, so that asking it never waits for the device
         if not bool(weight.any()):
             return Guided(denoise(x, t, cond))
-        if torch.is_grad_enabled() or not bool(weight.all()):
+        one_by_one = torch.is_grad_enabled() or not bool(weight.all())
+        weight = weight.to(x.device)
+        if one_by_one:
             conditional = denoise(x, t, cond)
             delta = contrast(x, t, denoise, conditional, cond.null(), weight)
         else:

@@ -5,9 +5,8 @@
 Measured side by side, in interleaved pairs: our ClassConditionalPipeline over the shipped DiT, and Diffusers'
 DiTPipeline over a DiTTransformer2DModel of comparable size with a tiny random autoencoder.  CPU time of this process,
 no guidance, output_type="pt", progress bars off.  A ratio is the median over pairs of call / forwards; its 95 %
-interval is from 10 000 bootstrap resamples of the pairs.  CPU time on a busy machine varies by more than the
-overhead, so the loop is also timed alone: the same difference with a network that only scales its input, least of
-nine, over the time of a real forward.
+interval is from 10 000 bootstrap resamples of the pairs.  On a busy machine the CPU time of equal forwards varies by
+more than the overhead, so a second ratio compares each call with the time inside its own networks.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import gensample
 from gensample.noise import philox_generator
 
 Call = Callable[[], object]
+Networks = list[tuple[nn.Module, str]]  # and the method that a pipeline calls
 
 
 def main() -> None:
@@ -50,25 +49,34 @@ def main() -> None:
         "gensample ClassConditionalPipeline": ours(options.batch, options.steps),
         "Diffusers DiTPipeline": theirs(options.batch, options.steps),
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+    pairs: dict[str, list[float]] = {name: [] for name in contenders}
+    inner: dict[str, list[float]] = {name: [] for name in contenders}
+    forward: dict[str, list[float]] = {name: [] for name in contenders}
     for pair in range(-1, options.pairs):  # pair -1 warms up
-        for name, (_, call, forwards) in contenders.items():
+        for name, (networks, call, forwards) in contenders.items():
             if pair % 2:  # alternate the order, so that a machine that slows down favours neither
                 forwards_seconds, call_seconds = cpu_seconds(forwards), cpu_seconds(call)
             else:
                 call_seconds, forwards_seconds = cpu_seconds(call), cpu_seconds(forwards)
+            whole, inside = seconds_inside(networks, call)
             if pair >= 0:
-                times[name].append((call_seconds, forwards_seconds))
-    loops = {name: loop_seconds(*contender) / options.steps for name, contender in contenders.items()}
-    text = report(times, loops, options)
+                pairs[name].append(call_seconds / forwards_seconds)
+                inner[name].append(whole / inside)
+                forward[name].append(1000 * forwards_seconds / options.steps)
+    text = heading(options)
+    for name in contenders:
+        text += (
+            f"\n{name:35s} call / forwards {shown(pairs[name])}   call / inside its networks {shown(inner[name])}"
+            f"   forward {np.median(forward[name]):.2f} ms"
+        )
     print(text)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n")
 
 
-def ours(batch: int, steps: int) -> tuple[nn.Module, Call, Call]:
-    """The transformer, a call of the shipped pipeline, and ``steps`` forwards of its transformer."""
+def ours(batch: int, steps: int) -> tuple[Networks, Call, Call]:
+    """The network, a call of the shipped pipeline, and ``steps`` forwards of its transformer."""
     pipe = gensample.load("fashion")
     pipe.set_progress_bar_config(disable=True)
     labels = [i % 10 for i in range(batch)]
@@ -79,13 +87,13 @@ def ours(batch: int, steps: int) -> tuple[nn.Module, Call, Call]:
         return pipe(labels, steps, generator=0, output_type="pt")
 
     return (
-        pipe.transformer,
+        [(pipe.transformer, "forward")],
         call,
         repeated(lambda: pipe.transformer(x, timestep, classes, return_dict=False), steps),
     )
 
 
-def theirs(batch: int, steps: int) -> tuple[nn.Module, Call, Call]:
+def theirs(batch: int, steps: int) -> tuple[Networks, Call, Call]:
     """The same of DiTPipeline, its network as wide, deep and long (49 tokens) as ours."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -113,7 +121,7 @@ def theirs(batch: int, steps: int) -> tuple[nn.Module, Call, Call]:
         )
 
     bare = repeated(lambda: transformer(x, timestep=timestep, class_labels=classes, return_dict=False), steps)
-    return transformer, call, with_decode(bare, autoencoder, x)
+    return [(transformer, "forward"), (autoencoder, "decode")], call, with_decode(bare, autoencoder, x)
 
 
 def with_decode(forwards: Call, autoencoder: Any, latents: torch.Tensor) -> Call:
@@ -145,17 +153,27 @@ def repeated(forward: Call, count: int) -> Call:
     return run
 
 
-def loop_seconds(transformer: nn.Module, call: Call, forwards: Call) -> float:
-    """CPU time of a call beyond its forwards, by a network that only scales its input."""
+def seconds_inside(networks: Networks, call: Call) -> tuple[float, float]:
+    """CPU time of a call, and of what it spends inside its own networks."""
+    inside = 0.0
 
-    def scaled(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Transformer2DModelOutput:
-        return Transformer2DModelOutput(0.1 * hidden_states)
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside
+            start = time.process_time()
+            result = method(*arguments, **options)
+            inside += time.process_time() - start
+            return result
 
-    transformer.forward = scaled  # type: ignore[method-assign]
+        return run
+
+    for network, name in networks:
+        setattr(network, name, timed(getattr(network, name)))
     try:
-        return min(cpu_seconds(call) for _ in range(9)) - min(cpu_seconds(forwards) for _ in range(9))
+        return cpu_seconds(call), inside
     finally:
-        del transformer.forward
+        for network, name in networks:
+            delattr(network, name)
 
 
 def cpu_seconds(call: Call) -> float:
@@ -165,28 +183,25 @@ def cpu_seconds(call: Call) -> float:
     return time.process_time() - start
 
 
-def report(
-    times: dict[str, list[tuple[float, float]]], loops: dict[str, float], options: argparse.Namespace
-) -> str:
-    """Machine, versions, date, and a line for each contender."""
-    lines = [
-        f"{datetime.date.today()}  {processor()}, {os.cpu_count()} CPUs, {platform.platform()}",
-        f"Python {platform.python_version()}, torch {torch.__version__}, Diffusers {diffusers.__version__}, "
-        f"gensample {gensample.__version__}",
-        f"{options.pairs} pairs, batch {options.batch}, {options.steps} steps, {options.threads} thread(s); CPU time "
-        "of a pipeline call / that of its forwards (Diffusers: and one decoding)",
-        "",
-    ]
-    for name, pairs in times.items():
-        ratios = np.array([call / bare for call, bare in pairs])
-        low, high = interval(ratios)
-        bare = float(np.median([b for _, b in pairs]))
-        each, alone = 1000 * bare / options.steps, 1000 * loops[name]
-        lines.append(
-            f"{name:38s} {np.median(ratios):.4f}  [{low:.4f}, {high:.4f}]   forward {each:.2f} ms, "
-            f"loop alone {alone:.2f} ms a step: {alone / each:.1%}"
-        )
-    return "\n".join(lines)
+def heading(options: argparse.Namespace) -> str:
+    """Machine, versions, date and protocol."""
+    return "\n".join(
+        [
+            f"{datetime.date.today()}  {processor()}, {os.cpu_count()} CPUs, load {os.getloadavg()[1]:.1f}, "
+            f"{platform.platform()}",
+            f"Python {platform.python_version()}, torch {torch.__version__}, Diffusers {diffusers.__version__}, "
+            f"gensample {gensample.__version__}",
+            f"{options.pairs} interleaved pairs, batch {options.batch}, {options.steps} steps, {options.threads} "
+            "thread(s); ratios of CPU time, median [95 % interval]; Diffusers' networks include one decoding",
+            "",
+        ]
+    )
+
+
+def shown(ratios: list[float]) -> str:
+    """Median and interval."""
+    low, high = interval(np.array(ratios))
+    return f"{np.median(ratios):.4f} [{low:.4f}, {high:.4f}]"
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:

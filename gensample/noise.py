@@ -47,12 +47,21 @@ def normal(
 
 @dataclass(frozen=True)
 class NoiseStream:
-    """The keyed streams of a batch: row r draws as sample ``samples[r]`` of run ``seeds[r]``."""
+    """The keyed streams of a batch: row r draws as sample ``samples[r]`` of run ``seeds[r]``.
+
+    ``prefixes[r]`` is where row r stands in its own tree (the child ordinals from the root; empty for a plain
+    sample): a draw of ``path`` is keyed by prefix + path.  See :meth:`extend`.
+    """
 
     seeds: tuple[int, ...]
     samples: tuple[int, ...]
+    prefixes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.prefixes:
+            object.__setattr__(self, "prefixes", ((),) * len(self.samples))
+        elif len(self.prefixes) != len(self.samples):
+            raise ValueError(f"{len(self.prefixes)} prefixes for {len(self.samples)} samples; give one each")
         if len(self.seeds) != len(self.samples):
             raise ValueError(
                 f"{len(self.seeds)} seeds for {len(self.samples)} samples; give one seed per sample"
@@ -92,15 +101,28 @@ class NoiseStream:
     def select(self, rows: Sequence[int] | slice) -> NoiseStream:
         """The streams of some rows (indices, not a mask), for micro-batches and compaction."""
         picked = range(len(self))[rows] if isinstance(rows, slice) else [_index(r) for r in rows]
-        return NoiseStream(tuple(self.seeds[r] for r in picked), tuple(self.samples[r] for r in picked))
+        return NoiseStream(
+            tuple(self.seeds[r] for r in picked),
+            tuple(self.samples[r] for r in picked),
+            tuple(self.prefixes[r] for r in picked),
+        )
+
+    def extend(self, ordinals: Sequence[int] | np.ndarray) -> NoiseStream:
+        """The streams one branch further: row r's prefix with ``ordinals[r]`` appended (a child's number, a step)."""
+        if len(ordinals) != len(self):
+            raise ValueError(f"{len(ordinals)} ordinals for {len(self)} rows; give one per row")
+        grown = tuple((*p, int(o)) for p, o in zip(self.prefixes, ordinals, strict=True))
+        return NoiseStream(self.seeds, self.samples, grown)
 
     def normal(self, shape: Sequence[int], *, path: Sequence[int] = (), purpose: str = "init") -> Tensor:
         """(B, *shape) float32 on the CPU, one stream per row."""
         out = np.empty((len(self), *shape), dtype=np.float32)
         philox = np.random.Philox(key=0)
         generator = np.random.Generator(philox)
-        for row, (seed, sample) in enumerate(zip(self.seeds, self.samples, strict=True)):
-            philox.state = _fresh_state(stream_key(seed, sample, path, purpose))
+        for row, (seed, sample, prefix) in enumerate(
+            zip(self.seeds, self.samples, self.prefixes, strict=True)
+        ):
+            philox.state = _fresh_state(stream_key(seed, sample, (*prefix, *path), purpose))
             draw = out[row : row + 1]  # a view even where one sample is a scalar
             generator.standard_normal(out=draw, dtype=np.float32)
         return torch.from_numpy(out)
@@ -110,7 +132,8 @@ class NoiseStream:
 
         Such a generator keeps 32 bits of its seed: enough for the rows of a run, too few for tree nodes.
         """
-        keys = (stream_key(s, i, path, purpose) for s, i in zip(self.seeds, self.samples, strict=True))
+        rows = zip(self.seeds, self.samples, self.prefixes, strict=True)
+        keys = (stream_key(s, i, (*prefix, *path), purpose) for s, i, prefix in rows)
         return [torch.Generator().manual_seed(key & (2**63 - 1)) for key in keys]
 
 

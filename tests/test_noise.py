@@ -232,3 +232,15 @@ def test_bad_rows() -> None:
         stream(3).select([3])
     with pytest.raises(TypeError):
         stream(3).select([0.5])  # type: ignore[list-item]
+
+
+def test_prefixes_are_the_start_of_the_path() -> None:
+    """A stream one branch further draws what the path of both would, and selection keeps the branch."""
+    keys = stream(3)
+    branch = keys.extend([4, 5, 6])
+    for row, ordinal in enumerate((4, 5, 6)):
+        alone = normal(7, row, SHAPE, path=(ordinal, 2), purpose="step")
+        assert torch.equal(branch.normal(SHAPE, path=(2,), purpose="step")[row], alone)
+        assert torch.equal(branch.select([row]).extend([2]).normal(SHAPE, purpose="step")[0], alone)
+    with pytest.raises(ValueError, match="one per row"):
+        keys.extend([1, 2])

@@ -27,13 +27,17 @@ class Denoise(Protocol):
 
 @dataclass(frozen=True)
 class DenoiserCalls:
-    """The ``Denoise`` of a :class:`Denoiser`: what rules that need x0, images or gradients ask for."""
+    """The ``Denoise`` of a :class:`Denoiser`: what rules that need x0, images or gradients ask for.
+
+    grad: keep the graph to x and the weights, for gradients through a guided answer; the default builds none.
+    """
 
     denoiser: Denoiser
+    grad: bool = False
 
     def __call__(self, x: Tensor, t: float | Tensor, cond: Conditioning, net: str = "main") -> Tensor:
-        """One network evaluation, without gradients."""
-        return self.denoiser.denoise(x, t, cond, net=net).output
+        """One network evaluation."""
+        return self.denoiser.denoise(x, t, cond, net=net, grad=self.grad).output
 
     def coefficients(self, t: float | Tensor) -> Coefficients:
         """The path's coefficients at ``t``."""

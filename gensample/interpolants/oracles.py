@@ -150,7 +150,8 @@ class GaussianMixture:
 class MixtureTransition:
     """x' ~ sum_k exp(log_weights[b, k]) N(means[b, k], variances[k] I), one law per row; a ``Transition``.
 
-    log_weights: (B, K) normalised; means: (B, K, D); variances: (K,); shape: the latent shape with product D.
+    log_weights: (B, K) normalised; means: (B, K, D); variances: (K,), or (B, K) for rows of different times; shape:
+    the latent shape with product D.
     ``noise`` for :meth:`sample` has one extra leading entry per row, (B, D + 1): its first column picks the
     component through the normal distribution function, the rest is Gaussian.
     """
@@ -168,9 +169,10 @@ class MixtureTransition:
     def sample(self, noise: Tensor) -> Tensor:
         """Draw x' (B, *shape) from standard normal ``noise`` (B, D + 1)."""
         uniform = torch.special.ndtr(noise[:, :1].double())
-        k = (uniform > self.log_weights.exp().cumsum(1)).sum(1).clamp(max=len(self.variances) - 1)
-        mean = self.means[torch.arange(len(k)), k]
-        return (mean + self.variances[k].sqrt()[:, None] * noise[:, 1:]).reshape(-1, *self.shape)
+        k = (uniform > self.log_weights.exp().cumsum(1)).sum(1).clamp(max=self.variances.shape[-1] - 1)
+        row = torch.arange(len(k))
+        std = self.variances.expand(len(k), -1)[row, k].sqrt()
+        return (self.means[row, k] + std[:, None] * noise[:, 1:]).reshape(-1, *self.shape)
 
     def log_prob(self, x: Tensor, *, reduction: str = "sum") -> Tensor:
         """The log density of x (B, *shape) as (B,); ``reduction="mean"`` divides by D."""

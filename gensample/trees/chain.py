@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gensample.denoisers import Conditioning
 from gensample.noise import NoiseStream
 from gensample.transitions import Transition
 
@@ -79,6 +80,10 @@ class Chain(ABC):
     @abstractmethod
     def is_stochastic(self, step: int) -> bool:
         """Whether step ``step`` draws noise, so that two children of one state differ."""
+
+    def conditioning(self, sample: Int64) -> Conditioning | None:
+        """The rows' conditioning, for rewards; None where the model has none."""
+        return None
 
     def propagate(
         self,

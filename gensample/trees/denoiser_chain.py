@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gensample.denoisers import Denoiser
+from gensample.denoisers import Conditioning, Denoiser
 from gensample.guidance import DenoiserCalls, Guidance
 from gensample.interpolants import convert
 from gensample.noise import NoiseStream
@@ -135,8 +135,12 @@ class DenoiserChain(Chain):
         """Whether step ``step`` draws noise."""
         return self._stochastic[step]
 
+    def conditioning(self, sample: Int64) -> Conditioning:
+        """The rows' conditioning."""
+        return self.denoiser.conditioning.rows(sample.tolist())
+
     def _call(self, x: Tensor, t: np.ndarray, sample: Int64, grad: bool) -> Answer:
-        cond = self.denoiser.conditioning.rows(sample.tolist())
+        cond = self.conditioning(sample)
         times = torch.from_numpy(t)
         if self.guidance is not None:
             return Answer(self.guidance(x, times, DenoiserCalls(self.denoiser, grad), cond, None).output)

@@ -49,7 +49,11 @@ CSS = """
 
 #gallery .caption-label { font-size: 0.7rem; padding: 1px 6px; opacity: 0.85; }
 #gallery, #gallery .grid-wrap { max-height: none !important; height: auto !important; }
-#gallery .grid-container { grid-template-columns: repeat(5, minmax(0, 1fr)) !important; }
+#gallery .grid-wrap { min-height: 0; }
+#gallery .grid-container {
+  grid-template-columns: repeat(5, minmax(0, 1fr)) !important;
+  grid-template-rows: none; grid-auto-rows: auto;  /* Gradio's rows of at least 100 px leave bars on a telephone */
+}
 #preview .gs-tiles { grid-template-columns: repeat(5, minmax(0, 1fr)); }
 .gallery-item img, .grid-wrap img, .gallery-container img { image-rendering: pixelated; }
 button:focus-visible, input:focus-visible, [role="tab"]:focus-visible {
@@ -60,7 +64,9 @@ button:focus-visible, input:focus-visible, [role="tab"]:focus-visible {
   .gs-head h1 { font-size: 1.3rem; }
   .gs-tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   #gallery .caption-label { display: none; }
+  #gallery .grid-container { gap: 6px; }
   #gallery .gallery-item, #gallery .gallery-item > * { min-height: 0; aspect-ratio: 1; }
+  .gs-status p { font-size: 0.84rem; }
   .gs-strip { gap: 6px; }
   .gs-table th, .gs-table td { padding: 6px 6px; font-size: 0.88rem; }
 }

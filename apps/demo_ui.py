@@ -177,7 +177,10 @@ def connect(
 
     def halt(request: Any) -> Any:
         """Stop; the handler itself then says where, so that nothing it had sent before comes later."""
-        return gr.skip() if stage.runs.stop(session_of(request)) else status(None, "Nothing is running.")
+        if stage.runs.stop(session_of(request)):
+            return gr.skip()
+        # A run whose handler has not begun cannot be told from one that was never asked for.
+        return status(None, "Nothing is running. If a run you have just started appears, press Stop again.")
 
     stop.click(
         wants_request(halt), None, outputs[:1], queue=False, api_visibility="private",

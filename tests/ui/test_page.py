@@ -170,3 +170,16 @@ def test_no_tab_is_wider_than_the_screen(visit: Visit, width: int) -> None:
     for tab in ("Generate", "Compare", "Trajectory"):
         visitor.open_tab(tab)
         assert visitor.page.evaluate("document.scrollingElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_gallery_has_no_bars_around_its_pictures(visit: Visit, width: int) -> None:
+    visitor = visit(width)
+    small(visitor, steps=2, images=7)
+    visitor.click("Generate")
+    visitor.wait_status("Done")
+    pictures = visitor.page.locator("#gallery .gallery-item")
+    pictures.nth(6).wait_for()
+    box = pictures.first.bounding_box()
+    assert box is not None
+    assert box["height"] == pytest.approx(box["width"], abs=2)

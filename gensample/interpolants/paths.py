@@ -6,6 +6,7 @@ On the linear path the noise level of Diffusers' flow-matching schedulers is ``s
     linear   alpha = 1 - t                          beta = t
     gvp      alpha = cos(pi t / 2)                  beta = sin(pi t / 2)
     vp       alpha = sqrt(1 - beta^2)               beta = exp(-(1-t)^2 (b1-b0)/4 - (1-t) b0/2)
+    ve       alpha = sigma_max (1 - t)              beta = 1
 
 Sources: Albergo et al., "Stochastic Interpolants" (arXiv 2303.08797), section 4; Ma et al., "SiT"
 (arXiv 2401.08740), section 2.  Discrete DDPM schedules are the gvp path re-timed (:func:`gvp_time`).
@@ -18,6 +19,7 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Float64 = NDArray[np.float64]
 Scalar = float | Float64
@@ -113,9 +115,51 @@ class VPInterpolant:
         return Coefficients(_like(alpha, t), _like(beta, t), _like(d_alpha, t), _like(d_beta, t))
 
 
+@dataclass(frozen=True)
+class VEInterpolant:
+    """Variance exploding, x_t = x0 + sigma_max (1 - t) noise, with time linear in the noise level.
+
+    The data never vanish, so a sampler starts from a fitted law N(initial_mean, initial_std^2) instead of pure
+    noise (:func:`initial_state`); ``initial_std`` None means sqrt(1 + sigma_max^2), that of data of unit variance.
+    On the logarithms of positive data this is geometric Brownian motion (``gensample.interpolants.geometric``).
+
+    Raises ValueError unless sigma_max and initial_std are positive and finite.
+    """
+
+    sigma_max: float = 80.0
+    initial_mean: float = 0.0
+    initial_std: float | None = None
+    name = "ve"
+
+    def __post_init__(self) -> None:
+        for name in ("sigma_max", "initial_std"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < np.inf:
+                raise ValueError(f"{name}={value} must be positive and finite")
+
+    def coefficients(self, t: Scalar) -> Coefficients:
+        t = _checked_time(t)
+        one = 1.0 if isinstance(t, float) else np.ones_like(t)
+        return Coefficients(
+            alpha=self.sigma_max * (1.0 - t), beta=one, d_alpha=-self.sigma_max * one, d_beta=0.0 * one
+        )
+
+
+def initial_state(path: Interpolant, noise: Tensor) -> Tensor:
+    """Where a sampler of ``path`` starts at t = 0, from standard normal ``noise`` of any shape: the noise itself
+    on unit-norm paths, the fitted law of x_0 on the ve path."""
+    if not isinstance(path, VEInterpolant):
+        return noise
+    std = np.hypot(1.0, path.sigma_max) if path.initial_std is None else path.initial_std
+    return path.initial_mean + float(std) * noise
+
+
 def make_interpolant(name: str, **options: float) -> Interpolant:
-    """The path called ``name``: "linear", "gvp" or "vp" (with ``beta_min``, ``beta_max``); else ValueError."""
-    kinds: dict[str, type] = {"linear": LinearInterpolant, "gvp": GVPInterpolant, "vp": VPInterpolant}
+    """The path called ``name``: "linear", "gvp", "vp" (with ``beta_min``, ``beta_max``) or "ve" (with ``sigma_max``,
+    ``initial_mean``, ``initial_std``); else ValueError."""
+    kinds: dict[str, type] = {
+        "linear": LinearInterpolant, "gvp": GVPInterpolant, "vp": VPInterpolant, "ve": VEInterpolant,
+    }  # fmt: skip
     if name not in kinds:
         raise ValueError(f"path={name!r} is unknown; use one of {sorted(kinds)}")
     allowed = {f.name for f in fields(kinds[name])}

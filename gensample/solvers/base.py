@@ -18,7 +18,7 @@ from numbers import Real
 import numpy as np
 from torch import Tensor
 
-from gensample.interpolants import Float64, Interpolant
+from gensample.interpolants import Float64, Interpolant, initial_state
 from gensample.transitions import GaussianTransition
 
 Evaluate = Callable[[Tensor, float], Tensor]
@@ -59,8 +59,8 @@ class Solver(ABC):
         """Consume the network's ``output`` at stage ``state.stage``; ``noise()`` draws standard normals."""
 
     def initial(self, noise: Tensor) -> Tensor:
-        """The state at times[0] for standard normal ``noise``: the noise itself on every unit-norm start."""
-        return noise
+        """The state at times[0] for standard normal ``noise``: the noise itself except on the ve path."""
+        return initial_state(self.path, noise)
 
     def network_input(self, x: Tensor, stage: int) -> Tensor:
         """What the network sees at ``stage``: x itself unless the solver keeps a rescaled state."""

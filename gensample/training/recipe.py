@@ -20,9 +20,15 @@ from gensample.training.config import ExportConfig, OptimizerConfig, ScheduleCon
 from gensample.training.data import FashionMNIST, ImageData, LabelledImages
 from gensample.training.folders import ImageFolder, NpzImages
 from gensample.training.losses import ClassificationLoss, InterpolantLoss
+from gensample.training.multiplicative import LogSpaceLoss, MultiplicativeScoreLoss
+
+GenerativeLoss = InterpolantLoss | LogSpaceLoss | MultiplicativeScoreLoss
 
 # What a recipe may name; a class path of anything else is refused before it is imported.
-_CLASSES = (DiT, Classifier, InterpolantLoss, ClassificationLoss, FashionMNIST, ImageFolder, NpzImages)
+_CLASSES = (
+    DiT, Classifier, InterpolantLoss, LogSpaceLoss, MultiplicativeScoreLoss, ClassificationLoss, FashionMNIST,
+    ImageFolder, NpzImages,
+)  # fmt: skip
 _NAMES = {c.__name__: f"{c.__module__}.{c.__qualname__}" for c in _CLASSES}
 
 
@@ -35,7 +41,7 @@ class Recipe:
     """A parsed recipe: its objects, and the same as plain JSON data."""
 
     model: DiT | Classifier
-    loss: InterpolantLoss | ClassificationLoss
+    loss: GenerativeLoss | ClassificationLoss
     data: ImageData
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -53,7 +59,7 @@ def recipe_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="the recipe, YAML")
     parser.add_argument("--model", type=DiT | Classifier, required=True, help="the network to train")
     parser.add_argument(
-        "--loss", type=InterpolantLoss | ClassificationLoss, required=True, help="what to minimise"
+        "--loss", type=GenerativeLoss | ClassificationLoss, required=True, help="what to minimise"
     )
     parser.add_argument("--data", type=ImageData, required=True, help="labelled images")
     parser.add_argument("--optimizer", type=OptimizerConfig, default=OptimizerConfig())
@@ -81,9 +87,9 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
     del settings["config"]
     built.model.initialize_weights(built.training.seed)
-    if isinstance(built.loss, InterpolantLoss) and built.loss.label_dropout is None:
+    if isinstance(built.loss, GenerativeLoss) and built.loss.label_dropout is None:
         built.loss.label_dropout = built.model.config.class_dropout_prob
-    if isinstance(built.model, DiT) != isinstance(built.loss, InterpolantLoss):
+    if isinstance(built.model, DiT) != isinstance(built.loss, GenerativeLoss):
         raise RecipeError(
             f"{path}: {type(built.model).__name__} cannot be trained with {type(built.loss).__name__}"
         )

@@ -111,3 +111,48 @@ class GaussianTransition:
             terms = terms - value
         flat = terms.expand_as(self.mean).reshape(len(self.mean), -1)
         return flat.sum(1) if reduction == "sum" else flat.mean(1)
+
+
+@dataclass(frozen=True)
+class CategoricalTransition:
+    """Every position takes a token of its own law, independently: one step of a discrete diffusion.
+
+    log_probs: (B, L, K) float, normalised over the K tokens; -inf is a token that cannot be.  ``noise`` for
+    :meth:`sample` is standard normal (B, L) and picks by inverting the distribution function.
+    """
+
+    log_probs: Tensor
+
+    def __post_init__(self) -> None:
+        if self.log_probs.ndim != 3 or not self.log_probs.is_floating_point():
+            raise ValueError(
+                f"log_probs is {self.log_probs.dtype} {tuple(self.log_probs.shape)}; give floats (B, L, K)"
+            )
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Always False: a probability mass exists even where one token is certain."""
+        return False
+
+    def draw_noise(self, keys: NoiseStream, *, path: Sequence[int], purpose: str = "step") -> Tensor:
+        """Standard normal noise (B, L) from the rows' keyed streams."""
+        return keys.normal((self.log_probs.shape[1],), path=path, purpose=purpose).to(self.log_probs.device)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Token ids (B, L) int64."""
+        cumulative = self.log_probs.double().exp().cumsum(-1)
+        # The last possible token closes the distribution function, whatever rounding left of it.
+        point = torch.special.ndtr(noise.double()).clamp(max=1.0 - 2.0**-52) * cumulative[..., -1]
+        return (cumulative <= point[..., None]).sum(-1)
+
+    def log_prob(self, x: Tensor, *, reduction: Reduction = "sum") -> Tensor:
+        """The log probability of token ids x (B, L) as (B,): summed over positions, or their mean."""
+        if x.shape != self.log_probs.shape[:2] or x.is_floating_point():
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)}; give token ids {tuple(self.log_probs.shape[:2])}"
+            )
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={reduction!r} is unknown; use 'sum' or 'mean'")
+        terms = self.log_probs.gather(-1, x[..., None].long())[..., 0]
+        terms = terms if terms.dtype == torch.float64 else terms.float()
+        return terms.sum(1) if reduction == "sum" else terms.mean(1)

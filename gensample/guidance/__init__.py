@@ -5,6 +5,8 @@ from gensample.guidance.base import Denoise, DenoiserCalls, Guidance, Guided
 from gensample.guidance.cfg import CFG
 from gensample.guidance.classifier import ClassifierGuidance
 from gensample.guidance.gfcg import GFCG
+from gensample.guidance.guiders import AutoguidanceGuider, CFGGuider, GFCGGuider, encode_references
+from gensample.guidance.icg import ICG
 from gensample.guidance.posterior import (
     ClassifierPosterior,
     NoiseAwarePosterior,
@@ -16,15 +18,20 @@ from gensample.guidance.terms import Projection
 __all__ = [
     "CFG",
     "GFCG",
+    "ICG",
     "Autoguidance",
+    "AutoguidanceGuider",
+    "CFGGuider",
     "ClassifierGuidance",
     "ClassifierPosterior",
     "Denoise",
     "DenoiserCalls",
+    "GFCGGuider",
     "Guidance",
     "Guided",
     "NoiseAwarePosterior",
     "Posterior",
     "Projection",
     "check_label_map",
+    "encode_references",
 ]

@@ -27,7 +27,7 @@ class SearchProblem:
     """A chain, a reward, a temperature, and the seed of every draw.
 
     inverse_temperature: lambda; only the product lambda r matters.  seed, sample: the streams' key, ``sample`` also
-    being the row of the chain's conditioning (the prompt).
+    being the row of the chain's conditioning (the prompt).  micro_batch: images that exist at a time.
 
     Attributes:
         reward_evaluations: images scored so far.
@@ -41,13 +41,17 @@ class SearchProblem:
         inverse_temperature: float = 1.0,
         seed: int = 0,
         sample: int = 0,
+        micro_batch: int = 64,
     ) -> None:
+        if micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch} must be at least 1")
         if not 0.0 <= inverse_temperature < math.inf:
             raise ValueError(f"inverse_temperature={inverse_temperature} must be finite and not negative")
         if not callable(reward):
             raise TypeError(f"reward={reward!r} must be callable as reward(images, cond) -> (B,)")
         self.chain, self.reward = chain, reward
         self.inverse_temperature, self.seed, self.sample = inverse_temperature, seed, sample
+        self.micro_batch = micro_batch
         self.reward_evaluations = 0
 
     @property
@@ -70,22 +74,28 @@ class SearchProblem:
 
     @torch.no_grad()
     def score(self, x: Tensor) -> Float64:
-        """Rewards (B,) float64 of clean states (B, ...), decoded in micro-batches.
+        """Rewards (B,) float64 of clean states (B, ...), decoded and scored ``micro_batch`` at a time.
 
         Raises ValueError for a reward of another shape, FloatingPointError naming the row for one that is not finite.
         """
-        images = self.chain.decode(x)
-        rewards = self.reward(images, self.chain.conditioning(self.samples(len(x))))
-        values = torch.as_tensor(rewards).detach().double().cpu().numpy()
-        if values.shape != (len(x),):
-            raise ValueError(
-                f"reward answered shape {values.shape} for {len(x)} images; expected ({len(x)},)"
-            )
+        spans = (slice(i, i + self.micro_batch) for i in range(0, len(x), self.micro_batch))
+        parts = [self.reward_of(self.chain.decode(x[s])).detach().double().cpu().numpy() for s in spans]
+        values = np.concatenate(parts) if parts else np.empty(0)
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise FloatingPointError(f"the reward of row {row} is {values[row]}, which is not finite")
-        self.reward_evaluations += len(x)
         return values
+
+    def reward_of(self, images: Tensor) -> Tensor:
+        """The reward's answer (B,) to images (B, ...), checked for its shape and counted; keeps any graph."""
+        answer = self.reward(images, self.chain.conditioning(self.samples(len(images))))
+        rewards = torch.as_tensor(answer)
+        if tuple(rewards.shape) != (len(images),):
+            raise ValueError(
+                f"reward answered shape {tuple(rewards.shape)} for {len(images)} images; expected ({len(images)},)"
+            )
+        self.reward_evaluations += len(images)
+        return rewards
 
 
 @dataclass(frozen=True)

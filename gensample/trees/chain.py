@@ -51,11 +51,13 @@ class Chain(ABC):
         num_steps: N.
         shape: the latent shape of one state.
         evaluations: denoiser evaluations so far, a row counting one (every network of the guidance counts).
+        rows_per_answer: denoiser evaluations that one row of an answer takes at most.
     """
 
     num_steps: int
     shape: tuple[int, ...]
     evaluations: int
+    rows_per_answer: int = 1
 
     @abstractmethod
     def initial(self, noise: NoiseStream) -> Tensor:
@@ -80,6 +82,13 @@ class Chain(ABC):
     @abstractmethod
     def is_stochastic(self, step: int) -> bool:
         """Whether step ``step`` draws noise, so that two children of one state differ."""
+
+    def renoise(self, x: Tensor, start: Int64, stop: Int64, noise: Tensor) -> Tensor:
+        """States at the noisier levels stop < start, from x and standard normal ``noise`` (B, ...) of its shape.
+
+        Raises ValueError for a chain that cannot go back.
+        """
+        raise ValueError(f"{type(self).__name__} has no forward process to go back along")
 
     def conditioning(self, sample: Int64) -> Conditioning | None:
         """The rows' conditioning, for rewards; None where the model has none."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gensample.denoisers import Conditioning, Denoiser
 from gensample.guidance import DenoiserCalls, Guidance
-from gensample.interpolants import convert
+from gensample.interpolants import axpby, convert
 from gensample.noise import NoiseStream
 from gensample.schedulers.transitions import law_of
 from gensample.solvers import Solver
@@ -61,6 +61,7 @@ class DenoiserChain(Chain):
         self.num_steps = len(times) - 1
         self.shape = denoiser.latent_shape
         self.micro_batch = micro_batch
+        self.rows_per_answer = _rows_of(guidance)
         self._initial = initial
         self._before = denoiser.evaluations
         variance_type = getattr(getattr(law, "config", None), "variance_type", "")
@@ -135,6 +136,14 @@ class DenoiserChain(Chain):
         """Whether step ``step`` draws noise."""
         return self._stochastic[step]
 
+    def renoise(self, x: Tensor, start: Int64, stop: Int64, noise: Tensor) -> Tensor:
+        """x' = c x + sqrt(alpha'^2 - c^2 alpha^2) noise with c = beta'/beta: the forward process from x."""
+        here = self.denoiser.path.coefficients(self.times[start])
+        there = self.denoiser.path.coefficients(self.times[stop])
+        c = np.asarray(there.beta) / np.asarray(here.beta)
+        std = np.sqrt(np.maximum(np.asarray(there.alpha) ** 2 - (c * np.asarray(here.alpha)) ** 2, 0.0))
+        return axpby(c, x, std, noise.to(x))
+
     def conditioning(self, sample: Int64) -> Conditioning:
         """The rows' conditioning."""
         return self.denoiser.conditioning.rows(sample.tolist())
@@ -157,3 +166,11 @@ class DenoiserChain(Chain):
         if not any(self._stochastic):
             raise ValueError(f"{name} is deterministic: every child would equal its sibling; use {fix}")
         return self
+
+
+def _rows_of(guidance: Guidance | None) -> int:
+    """Network rows that one guided row takes at most: the plain answer, and one for every contrast."""
+    if guidance is None or getattr(guidance, "scale", None) == 1.0:
+        return 1
+    adds = getattr(guidance, "combine", None) == "add" and getattr(guidance, "base", None) is not None
+    return 3 if adds else 2

@@ -96,6 +96,12 @@ class MixtureChain(Chain):
         """True: an exact reversal draws noise up to the last step."""
         return True
 
+    def renoise(self, x: Tensor, start: Int64, stop: Int64, noise: Tensor) -> Tensor:
+        """x' = c x + sqrt(alpha'^2 - c^2 alpha^2) noise with c = beta'/beta: the forward process from x."""
+        (a, b), (a_s, b_s) = self._coefficients(start), self._coefficients(stop)
+        c = b_s / b
+        return c * x + (a_s**2 - (c * a) ** 2).clamp_min(0.0).sqrt() * noise.to(x)
+
     def propagate(
         self, x: Tensor, start: Int64, stop: Int64, noise: NoiseStream, sample: Int64, *,
         first: Answer | None = None,

@@ -15,14 +15,15 @@ RUN_ENV = $(VENV)/.gensample-run
 DEMO_ENV = $(VENV)/.gensample-demo
 DEV_ENV = $(VENV)/.gensample-dev
 UI_ENV = $(VENV)/.gensample-ui
+FIGURES_ENV = $(VENV)/.gensample-figures
 PORT ?= 7860
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-ui lint format bench clean
+.PHONY: help demo serve test test-ui lint format bench figures screenshots clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +43,10 @@ $(DEMO_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
 $(UI_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) -e '.[ui-test,test]'
 	@touch $@ $(RUN_ENV) $(DEMO_ENV)
+
+$(FIGURES_ENV): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[figures]'
+	@touch $@ $(RUN_ENV)
 
 demo: $(RUN_ENV) ## draw clothes with the shipped model into out/ and print their score
 	$(VENV)/bin/gensample quickstart --out $(OUT)
@@ -69,6 +74,12 @@ bench: $(DEV_ENV) ## sampling's overhead; and, with PEERS=venv/bin/python, FID t
 ifdef PEERS
 	$(VENV)/bin/python benchmarks/fid.py --peers $(PEERS)
 endif
+
+figures: $(FIGURES_ENV) ## the figures of README, docs and model cards, from recorded results and the shipped weights
+	OMP_NUM_THREADS=1 $(VENV)/bin/python recipes/figures.py $(ARGS)
+
+screenshots: $(UI_ENV) ## the web page's pictures in docs (needs Chromium, as test-ui)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python docs/screenshots.py
 
 clean: ## remove build products and caches; environments and results stay
 	rm -rf build dist gensample.egg-info .pytest_cache .mypy_cache .ruff_cache

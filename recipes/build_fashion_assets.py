@@ -2,12 +2,14 @@
 
     python recipes/build_fashion_assets.py --dit runs/fashion-dit-gpu --weak runs/fashion-dit-weak \\
         --classifier-a runs/fashion-classifier-a --classifier-b runs/fashion-classifier-b [--data FOLDER] \\
-        [--figures figures.json] [--out gensample/assets]
+        [--figures recipes/fashion_figures.json] [--curves recipes/results/fashion_training.json] \\
+        [--out gensample/assets]
 
 Every RUN is the output folder of ``gensample train``: RUN/model holds config.json, safetensors and training.json.
 ``--figures`` is a JSON object {asset name: {figure: value}} printed in the model cards, beside the accuracies
 and the real-against-real floor measured here.  Only what is named is rebuilt; the statistics follow
-``--classifier-b``.  Weights are written in float16; each folder appears whole or not at all.
+``--classifier-b``.  Weights are written in float16; each folder appears whole or not at all.  The training curves
+of RUN/metrics.jsonl are added to ``--curves``, from which ``make figures`` draws training.png into the folders.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="RUN")
     parser.add_argument("--data", help="folder of the Fashion-MNIST files (default: as gensample train)")
     parser.add_argument("--figures", type=Path, help="JSON: {asset name: {figure: value}}")
+    parser.add_argument("--curves", type=Path, default=Path(__file__).parent / "results/fashion_training.json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "gensample" / "assets")
     options = parser.parse_args(argv)
     try:
@@ -80,6 +83,11 @@ def build(options: argparse.Namespace, figures: Mapping[str, Mapping[str, Any]])
     """Write every asset that ``options`` names a run for."""
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    runs = {
+        "fashion": options.dit, "fashion_weak": options.weak,
+        "fashion_classifier_a": options.classifier_a, "fashion_classifier_b": options.classifier_b,
+    }  # fmt: skip
+    record_curves({name: run for name, run in runs.items() if run}, options.curves)
     if options.dit:
         write_pipeline(options.dit, out / "fashion", figures.get("fashion", {}))
     if options.weak:
@@ -98,6 +106,30 @@ def build(options: argparse.Namespace, figures: Mapping[str, Mapping[str, Any]])
             floor = write_statistics(classifier, splits, out / "fashion_statistics")
             measured["FD-B floor: validation 5k against test 10k"] = floor
         write_model(Classifier, run, out / name, {**measured, **figures.get(name, {})})
+
+
+def record_curves(runs: Mapping[str, Path], file: Path) -> None:
+    """Add the losses of ``runs``, and the validation figures of the weights they exported, to ``file``."""
+    curves = json.loads(file.read_text()) if file.is_file() else {}
+    for name, run in runs.items():
+        if not (run / "metrics.jsonl").is_file():
+            continue
+        notes = json.loads((run / "model" / "training.json").read_text())
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        prefix = f"validation/{notes['weights']}/"
+        validation: dict[str, list[list[float]]] = {}
+        for row in rows:
+            for key in (key for key in row if key.startswith(prefix)):
+                validation.setdefault(key.removeprefix(prefix), []).append([row["step"], round(row[key], 4)])
+        curves[name] = {
+            "weights": notes["weights"],
+            "seconds": notes["seconds"],
+            "loss": [[row["step"], round(row["loss"], 4)] for row in rows if "loss" in row],
+            "validation": validation,
+        }
+    lines = [f"{json.dumps(name)}: {json.dumps(curve)}" for name, curve in sorted(curves.items())]
+    if lines:
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_model(cls: type[Any], run: Path) -> Any:
@@ -221,6 +253,8 @@ def write_card(part: Path, name: str, run: Path, figures: Mapping[str, Any]) -> 
     rows = {**{k: v for k, v in notes.get("figures", {}).items() if _chosen(k, notes)}, **figures}
     if rows:
         lines += ["| figure | value |", "|---|---|", *(f"| {k} | {_shown(v)} |" for k, v in rows.items()), ""]
+    if (run / "metrics.jsonl").is_file():
+        lines += ["![Training and validation loss against updates](training.png)", ""]
     lines += ["Recipe, as it ran:", "", "```json", json.dumps(recipe, indent=1, sort_keys=True), "```", ""]
     (part / "README.md").write_text("\n".join(lines))
 

@@ -1,0 +1,246 @@
+"""Samplers of geometric Brownian motion: Dale-Langevin and unconstrained updates, and the Gaussian solvers on log x.
+
+With d the step in time, h = x grad_x log p the Hyvarinen score, z standard normal (arXiv 2510.02730; the reverse
+drift x (2 sigma^2 - mu + sigma^2 h) holds the divergence 2 sigma^2 x of the state-dependent diffusion):
+
+    unconstrained   x' = x (1 + d (2 sigma^2 - mu) + d sigma^2 h + a sqrt(d) sigma z)       may change sign
+    dale_langevin   x' = x exp(d sigma^2 h + d (3/2 sigma^2 - mu) + a sqrt(d) sigma z)      keeps it
+
+On the state u of ``gensample.interpolants.geometric`` (ve path, noise level r = alpha, e = r_i^2 - r_{i+1}^2) the
+second is u' = u + (1 + lambda^2)/2 e s + lambda a sqrt(e) z with the score s = -eps/r: Euler-Maruyama of variance
+exploding diffusion, which keeps the marginals for every lambda >= 0 (0 is the probability-flow ODE) at a = 1.
+``ancestral``, ``ddim`` and ``heun`` are ``exp`` with Diffusion("sbdm"), ``ddim`` and ``heun`` on u.
+
+Shapes: B = rows, ... = latent shape; x, u, h, output, noise: (B, ...).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gensample.interpolants import Interpolant, VEInterpolant, affine, axpby
+from gensample.solvers.base import DrawNoise, Solver, SolverState, checked_times
+from gensample.solvers.diffusion import Diffusion
+from gensample.solvers.markov import AffineTable, MarkovSolver
+from gensample.solvers.multistage import HeunSolver
+from gensample.transitions import GaussianTransition
+
+GeometricSampler = Literal["dale_langevin", "unconstrained", "ancestral", "ddim", "heun"]
+GEOMETRIC_SAMPLERS: tuple[str, ...] = get_args(GeometricSampler)
+
+# A multiplicative step to zero or below ends here instead: exp(-10) of the value before it.
+_SMALLEST_FACTOR = math.exp(-10.0)
+
+
+def dale_langevin_step(
+    x: Tensor, h: Tensor, noise: Tensor, *, step: float, sigma: float, mu: float, noise_scale: float = 1.0
+) -> Tensor:
+    """x' (B, ...) of the sign-preserving update in x itself; ``h`` is x grad_x log p_t."""
+    drift = step * sigma**2 * h + step * (1.5 * sigma**2 - mu)
+    return x * (drift + noise_scale * math.sqrt(step) * sigma * noise).exp()
+
+
+def unconstrained_step(
+    x: Tensor, h: Tensor, noise: Tensor, *, step: float, sigma: float, mu: float, noise_scale: float = 1.0,
+    milstein: bool = False,
+) -> Tensor:  # fmt: skip
+    """x' (B, ...) of the Euler-Maruyama update in x, of either sign; ``milstein`` adds sigma^2 d (z^2 - 1)/2."""
+    factor = 1.0 + step * (2.0 * sigma**2 - mu) + step * sigma**2 * h
+    factor = factor + noise_scale * math.sqrt(step) * sigma * noise
+    if milstein:
+        factor = factor + 0.5 * step * sigma**2 * (noise.square() - 1.0)
+    return x * factor
+
+
+class DaleLangevinSolver(MarkovSolver):
+    """Dale-Langevin updates on u over ``times``, on the ve path.
+
+    increments: e of every step, (N,); None takes r_i^2 - r_{i+1}^2, the true reverse process.
+    noise_scales: a of every step, (N,); None is 1.
+    inner_steps: updates at every level, each with its own evaluation, increment and noise.
+    churn: lambda >= 0.
+
+    At a frozen level the update is Langevin dynamics of q_t squared (temperature 1/2), not of q_t: inner steps
+    sharpen, they do not correct.  With more than one the solver offers no transition law.
+
+    Raises ValueError for another path, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Interpolant,
+        prediction_type: str,
+        times: Sequence[float],
+        increments: Sequence[float] | None = None,
+        noise_scales: Sequence[float] | None = None,
+        inner_steps: int = 1,
+        churn: float = 1.0,
+    ) -> None:
+        if not isinstance(path, VEInterpolant):
+            raise ValueError(
+                f"dale_langevin walks geometric Brownian motion (path 've'), not path={path.name!r}"
+            )
+        if inner_steps < 1 or not 0 <= churn < math.inf:
+            raise ValueError(
+                f"inner_steps={inner_steps} must be at least 1 and churn={churn} finite, not negative"
+            )
+        self.name = "dale_langevin"
+        self.path, self.prediction_type = path, prediction_type
+        self.times, self.diffusion = checked_times(times), None
+        count = len(self.times) - 1
+        self._levels = [float(path.coefficients(t).alpha) for t in self.times]
+        gaps = -np.diff(np.square(self._levels))
+        self._increments = _per_step("increments", gaps if increments is None else increments, count)
+        self._scales = _per_step(
+            "noise_scales", np.ones(count) if noise_scales is None else noise_scales, count
+        )
+        self._churn = churn
+        self.is_markov = inner_steps == 1
+        self.step_of_stage = tuple(i for i in range(count) for _ in range(inner_steps))
+        self.stage_times = tuple(self.times[i] for i in self.step_of_stage)
+        self.table = self._build(prediction_type)
+
+    def transition(
+        self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str = "native"
+    ) -> GaussianTransition:
+        """As ``MarkovSolver.transition``; raises ValueError with inner steps."""
+        if not self.is_markov:
+            raise ValueError("several inner steps have no single transition law; set inner_steps=1")
+        return super().transition(i, x, output, output_type)
+
+    def update(
+        self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
+    ) -> tuple[Tensor, SolverState]:
+        """Consume the output of stage ``state.stage``."""
+        law = super().transition(state.stage, x, output)
+        sample = law.sample(noise()) if self.needs_noise(state.stage) else law.mean
+        return sample, SolverState(state.stage + 1)
+
+    def _build(self, prediction_type: str) -> AffineTable:
+        rows = []
+        for i in self.step_of_stage:
+            p, q = affine(self.path.coefficients(self.times[i]), prediction_type, "score")
+            weight = 0.5 * (1.0 + self._churn**2) * self._increments[i]
+            std = self._churn * self._scales[i] * math.sqrt(self._increments[i])
+            rows.append((1.0 + weight * float(p), weight * float(q), std))
+        a, b, c = np.asarray(rows, dtype=np.float64).T
+        return AffineTable(a, b, c)
+
+
+class UnconstrainedSolver(DaleLangevinSolver):
+    """The unconstrained update, on the logarithm: u' = u + log(factor) / log_std.
+
+    A factor at or below zero, which would change the sign of x, is a *violation*: it is replaced by exp(-10), warned
+    of, and counted per row in the carried state.  Its law is Gaussian in x, not in u: it offers no transition.
+
+    log_std, drift_increments: log_std and m_i - m_{i+1} of the process ((N,); None for mu = sigma^2/2).
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Interpolant,
+        prediction_type: str,
+        times: Sequence[float],
+        increments: Sequence[float] | None = None,
+        noise_scales: Sequence[float] | None = None,
+        inner_steps: int = 1,
+        log_std: float = 1.0,
+        drift_increments: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(
+            path=path, prediction_type=prediction_type, times=times, increments=increments,
+            noise_scales=noise_scales, inner_steps=inner_steps,
+        )  # fmt: skip
+        self.name, self.is_markov = "unconstrained", False
+        self._log_std = log_std
+        count = len(self.times) - 1
+        drifts = (
+            np.zeros(count) if drift_increments is None else np.asarray(drift_increments, dtype=np.float64)
+        )
+        self._drifts = drifts
+
+    def transition(
+        self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str = "native"
+    ) -> GaussianTransition:
+        """Raises ValueError: the law is not Gaussian in the state."""
+        raise ValueError("the unconstrained update is not Gaussian in log x; use sampler='dale_langevin'")
+
+    def update(
+        self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
+    ) -> tuple[Tensor, SolverState]:
+        """Consume the output of stage ``state.stage``; the state carries violations per row, (B,) int64."""
+        x = x if x.dtype == torch.float64 else x.float()
+        step = self.step_of_stage[state.stage]
+        p, q = affine(self.path.coefficients(self.times[step]), self.prediction_type, "score")
+        e, drift = self._increments[step] * self._log_std**2, float(self._drifts[step])
+        score = axpby(float(p), x, float(q), output.to(x.dtype)) / self._log_std  # grad_y log q
+        factor = 1.0 + 0.5 * e - drift + e * score + self._scales[step] * math.sqrt(e) * noise().to(x)
+        crossed = (factor <= 0).flatten(1).sum(1)
+        if bool(crossed.any()):
+            warnings.warn(
+                f"the unconstrained update took {int(crossed.sum())} of {factor.numel()} values to zero or below at "
+                f"step {step}; take more steps, or sampler='dale_langevin', which keeps the sign",
+                stacklevel=2,
+            )
+        moved = x + (factor.clamp_min(_SMALLEST_FACTOR).log() + drift) / self._log_std
+        before = state.carried[0] if state.carried else torch.zeros_like(crossed)
+        return moved, SolverState(state.stage + 1, (before + crossed,))
+
+
+def make_geometric_solver(
+    sampler: str,
+    *,
+    path: Interpolant,
+    prediction_type: str,
+    times: Sequence[float],
+    increments: Sequence[float] | None = None,
+    noise_scales: Sequence[float] | None = None,
+    inner_steps: int = 1,
+    churn: float = 1.0,
+    log_std: float = 1.0,
+    drift_increments: Sequence[float] | None = None,
+) -> Solver:
+    """The solver called ``sampler`` on the state u; the options after ``times`` are of the first two samplers.
+
+    Raises ValueError for an unknown name, or options that the sampler does not have.
+    """
+    common = {"path": path, "prediction_type": prediction_type, "times": times}
+    tuned = not (increments is noise_scales is None and inner_steps == 1)
+    if sampler == "dale_langevin":
+        return DaleLangevinSolver(
+            **common, increments=increments, noise_scales=noise_scales, inner_steps=inner_steps, churn=churn
+        )
+    if sampler == "unconstrained":
+        if churn != 1.0:
+            raise ValueError(f"churn={churn} belongs to sampler='dale_langevin'")
+        return UnconstrainedSolver(
+            **common, increments=increments, noise_scales=noise_scales, inner_steps=inner_steps, log_std=log_std,
+            drift_increments=drift_increments,
+        )  # fmt: skip
+    if sampler not in GEOMETRIC_SAMPLERS:
+        raise ValueError(f"sampler={sampler!r} is unknown; use one of {GEOMETRIC_SAMPLERS}")
+    if tuned or churn != 1.0:
+        raise ValueError(
+            f"step_size, noise_anneal, inner_steps and churn belong to dale_langevin and unconstrained, not {sampler!r}"
+        )
+    if sampler == "heun":
+        return HeunSolver(**common)
+    if sampler == "ancestral":
+        return MarkovSolver("exp", **common, diffusion=Diffusion("sbdm", 1.0))
+    return MarkovSolver("ddim", **common)
+
+
+def _per_step(name: str, values: Sequence[float] | np.ndarray, count: int) -> list[float]:
+    found = [float(v) for v in values]
+    if len(found) != count or not all(0 <= v < math.inf for v in found):
+        raise ValueError(f"{name}={found} must hold {count} finite values, none negative")
+    return found

@@ -109,15 +109,15 @@ class DemoEngine:
         from gensample.solvers import SOLVERS
 
         limits = self.limits
-        number = _whole(count, "number of images", fewest, limits.images)
+        number = whole(count, "number of images", fewest, limits.images)
         if solver not in SOLVERS:
-            raise ValueError(f"solver {_shown(solver)} is unknown; use one of {', '.join(SOLVERS)}")
+            raise ValueError(f"solver {quoted(solver)} is unknown; use one of {', '.join(SOLVERS)}")
         settings = Settings(
             labels=self._labels(label, number),
-            steps=_whole(steps, "steps", 1, limits.steps),
+            steps=whole(steps, "steps", 1, limits.steps),
             solver=solver,
-            scale=_real(scale, "guidance scale", 0.0, limits.scale),
-            seed=_whole(seed, "seed", 0, MAX_SEED),
+            scale=real(scale, "guidance scale", 0.0, limits.scale),
+            seed=whole(seed, "seed", 0, MAX_SEED),
         )
         if settings.evaluations > limits.evaluations:
             raise ValueError(
@@ -131,7 +131,7 @@ class DemoEngine:
             return tuple(i % len(self.class_names) for i in range(count))
         if not isinstance(label, str) or label not in self.class_names:
             known = ", ".join([ALL_CLASSES, *self.class_names])
-            raise ValueError(f"class {_shown(label)} is unknown; use one of {known}")
+            raise ValueError(f"class {quoted(label)} is unknown; use one of {known}")
         return (self.class_names.index(label),) * count
 
     def draw(self, settings: Settings) -> Generator[Progress, None, None]:
@@ -219,21 +219,23 @@ def preview_steps(steps: int, most: int = _PREVIEWS) -> frozenset[int]:
     return frozenset(-(-steps * k // shown) for k in range(1, shown + 1))
 
 
-def _whole(value: Any, name: str, low: int, high: int) -> int:
-    number = _real(value, name, low, high)
+def whole(value: Any, name: str, low: int, high: int) -> int:
+    """``value`` as a whole number within the bounds, or a ValueError that says what is allowed."""
+    number = real(value, name, low, high)
     if number != int(number):
-        raise ValueError(f"{name} {_shown(value)} must be a whole number from {low} to {high}")
+        raise ValueError(f"{name} {quoted(value)} must be a whole number from {low} to {high}")
     return int(number)
 
 
-def _real(value: Any, name: str, low: float, high: float) -> float:
+def real(value: Any, name: str, low: float, high: float) -> float:
+    """``value`` as a number within the bounds, or a ValueError that says what is allowed."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     if not plain or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name} {_shown(value)} must be a number from {low:g} to {high:.10g}")
+        raise ValueError(f"{name} {quoted(value)} must be a number from {low:g} to {high:.10g}")
     return float(value)
 
 
-def _shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value as an error message quotes it, cut short."""
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

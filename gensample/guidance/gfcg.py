@@ -14,7 +14,11 @@ constant g would not fade once a sample is safely in its class, and diverges.  W
 will do; x0 is formed for the classifier alone.  The paper's own scale formula, interval and combination could not
 be read; every such choice is a parameter, and (4) is our derivation.
 
-Shapes: B rows, K classes; log_p (B, K) float64; target, reference (B,) long; scale (B,) float64.
+With r drawn from q_k = p_k / (1 - p_c), k != c, the mean of (4) is (2) for any number of classes; the m likeliest
+classes, weighted by q, approach it as m grows.
+
+Shapes: B rows, K classes, M references a row; log_p (B, K) float64; target (B,), references (B, M) long;
+shares (B, M), scale (B,) float64.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from gensample.denoisers import Conditioning
 from gensample.guidance.autoguidance import Autoguidance
 from gensample.guidance.base import Denoise, Guided
 from gensample.guidance.cfg import CFG
+from gensample.guidance.draws import choose_entries, row_uniforms
 from gensample.guidance.posterior import Posterior, target_classes
 from gensample.guidance.terms import (
     Finish,
@@ -41,20 +46,30 @@ from gensample.guidance.terms import (
     inside,
 )
 
-ReferenceRule = Literal["runner_up", "top"]
+ReferenceRule = Literal["runner_up", "top", "sampled"]
 ScaleFunction = Literal["confusion", "pairwise", "sqrt", "gate", "reference", "entropy", "constant"]
 Combination = Literal["switch", "flip", "add"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the classifier decided: target c, reference r, p_c, g, and whether the row is confused; all (B,)."""
+    """What the classifier decided: target c, p_c, g and whether the row is confused, all (B,); references r and
+    their shares of g, (B, M)."""
 
     target: Tensor
-    reference: Tensor
+    references: Tensor
+    shares: Tensor
     confidence: Tensor
     scale: Tensor
     confused: Tensor
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Log-probabilities (B, K) of an earlier evaluation, and how many evaluations ago, (B,) long."""
+
+    log_p: Tensor
+    age: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,7 +79,9 @@ class GFCG:
     posterior: class probabilities, ``ClassifierPosterior(classifier)`` in the usual case; its classes are the
         entries of the conditioning's reference table (all labels, or ``reference_prompts``), in this order.
     gamma, scale_function, threshold (tau), max_scale (g_max): the scale, see :func:`guidance_scale`.
-    reference: "runner_up" (the likeliest class but c) or "top" (the likeliest; none if that is c).
+    reference: "runner_up" (the likeliest class but c), "top" (the likeliest; none if that is c) or "sampled" (from
+        p_k, k != c, by ``seed``; see ``gensample.guidance.draws``).
+    num_references: M, the likeliest classes that share g in proportion to p_k: M more network rows per confused row.
     max_entropy: rows whose entropy exceeds this share of log K are left alone, because such a classifier knows
         nothing; None switches the guard off.
     interval: (low, high) noise levels 1 - t in which the rule acts; outside the conditional model runs alone.
@@ -74,6 +91,8 @@ class GFCG:
         "flip"    as "switch", but confused rows keep the scale of base;
         "add"     both contrasts: up to three network rows.
     lagged: decide by the probabilities of the previous evaluation; the first one is conditional.
+    every: ask the classifier at one evaluation in ``every`` and hold its answer in between; 2 holds the predictor's
+        answer for the corrector of a second-order solver.
     rescale, projection: of the sum; see ``Finish``.
     """
 
@@ -81,6 +100,7 @@ class GFCG:
     gamma: float = 2.0
     scale_function: ScaleFunction = "confusion"
     reference: ReferenceRule = "runner_up"
+    num_references: int = 1
     threshold: float = 0.05
     max_scale: float = 4.0
     max_entropy: float | None = 0.95
@@ -88,6 +108,8 @@ class GFCG:
     base: CFG | Autoguidance | None = None
     combine: Combination = "switch"
     lagged: bool = False
+    every: int = 1
+    seed: int = 0
     rescale: float = 0.0
     projection: Projection | None = None
 
@@ -107,13 +129,26 @@ class GFCG:
         checked_interval(self.interval)
         Finish(self.rescale, self.projection)
         base = self.base
+        if self.every < 1:
+            raise ValueError(
+                f"every={self.every} must be at least 1 (1 asks the classifier at every evaluation)"
+            )
+        if self.num_references < 1:
+            raise ValueError(f"num_references={self.num_references} must be at least 1")
+        if self.num_references > 1 and (
+            self.reference == "sampled" or (base is not None and self.combine != "add")
+        ):
+            raise ValueError(
+                f"num_references={self.num_references} is for reference='runner_up' or 'top', and beside a base for "
+                "combine='add'"
+            )
         if base is not None and (base.rescale or base.projection is not None):
             raise ValueError("give rescale and projection to GFCG, not to base: they follow the sum")
 
     @property
     def has_memory(self) -> bool:
-        """Lagged decisions carry log-probabilities (B, K) from evaluation to evaluation."""
-        return self.lagged
+        """Lagged and held decisions carry log-probabilities from evaluation to evaluation."""
+        return self.lagged or self.every > 1
 
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
@@ -126,32 +161,35 @@ class GFCG:
         idle = self.gamma == 0.0 and self.base is None
         if idle or not bool(active.any()):
             return Guided(conditional, state)
-        log_p = state if self.lagged else self.posterior(x, t, conditional, denoise)
-        memory = self.posterior(x, t, conditional, denoise) if self.lagged else None
+        log_p, memory = self._log_p(x, t, conditional, denoise, state)
         if log_p is None:
             return Guided(conditional, memory)
-        assert isinstance(log_p, Tensor)
-        decision = self.decide(log_p.to(x.device), cond)
+        decision = self.decide(log_p.to(x.device), cond, t)
         delta, weight = self._delta(x, t, denoise, cond, conditional, decision, active)
-        info = {"confidence": decision.confidence, "reference": decision.reference, "scale": weight}
+        first = decision.references[:, 0]
+        info = {"confidence": decision.confidence, "reference": first, "scale": weight}
         if not bool(weight.any()):
             return Guided(conditional, memory, info)
         finish = Finish(self.rescale, self.projection)
         return Guided(finish(x, t, denoise, conditional, delta, weight), memory, info)
 
-    def decide(self, log_p: Tensor, cond: Conditioning) -> Decision:
-        """Reference and scale of every row from log-probabilities (B, K).
+    def decide(self, log_p: Tensor, cond: Conditioning, t: float | Tensor = 0.0) -> Decision:
+        """References and scale of every row from log-probabilities (B, K) at time ``t``.
 
-        Raises ValueError where K is not the size of the reference table.
+        Raises ValueError where K is not the size of the reference table, or not larger than ``num_references``.
         """
         if log_p.shape[1] != cond.num_references:
             raise ValueError(
                 f"the classifier has {log_p.shape[1]} classes and the reference table {cond.num_references}"
             )
         target = target_classes(cond).to(log_p.device)
-        reference = reference_class(log_p, target)
+        if self.reference == "sampled":
+            uniforms = row_uniforms(self.seed, len(log_p), t, "gfcg")
+            references = choose_entries(others(log_p, target).softmax(1), uniforms)[:, None]
+        else:
+            references = reference_classes(log_p, target, self.num_references)
         scale = guidance_scale(
-            log_p, target, reference, scale_function=self.scale_function, gamma=self.gamma,
+            log_p, target, references[:, 0], scale_function=self.scale_function, gamma=self.gamma,
             threshold=self.threshold, max_scale=self.max_scale, max_entropy=self.max_entropy,
         )  # fmt: skip
         log_c = log_p.gather(1, target[:, None])[:, 0]
@@ -161,7 +199,24 @@ class GFCG:
         if self.reference == "top":
             confused = confused & (log_p.argmax(1) != target)
         scale = torch.where(confused, scale, torch.zeros_like(scale))
-        return Decision(target, reference, log_c.exp(), scale, confused)
+        shares = others(log_p, target).gather(1, references).softmax(1)
+        return Decision(target, references, shares, log_c.exp(), scale, confused)
+
+    def _log_p(
+        self, x: Tensor, t: float | Tensor, conditional: Tensor, denoise: Denoise, state: object
+    ) -> tuple[Tensor | None, Memory | None]:
+        """The log-probabilities to decide by (None: not known yet), and what to remember."""
+        if not self.has_memory:
+            return self.posterior(x, t, conditional, denoise), None
+        assert state is None or isinstance(state, Memory)
+        if state is None or int(state.age.min()) + 1 >= self.every:
+            log_p = self.posterior(x, t, conditional, denoise)
+            memory = Memory(log_p, torch.zeros(len(x), dtype=torch.long))
+        else:
+            memory = Memory(state.log_p, state.age + 1)
+        if self.lagged:
+            return (state.log_p if state is not None else None), memory
+        return memory.log_p, memory
 
     def _delta(
         self,
@@ -175,30 +230,44 @@ class GFCG:
     ) -> tuple[Tensor, Tensor]:
         """The sum of weighted contrasts (B, ...), and of their weights (B,)."""
         own = d.scale * active
-        classes = cond.with_reference(torch.where(d.confused, d.reference, d.target))
+        classes = [cond.with_reference(torch.where(d.confused, r, d.target)) for r in d.references.unbind(1)]
+
+        def contrasts() -> Tensor:
+            terms = (
+                contrast(x, t, denoise, conditional, c, own * share)
+                for c, share in zip(classes, d.shares.unbind(1), strict=True)
+            )
+            return torch.stack(list(terms)).sum(0)
+
         if self.base is None:
-            return contrast(x, t, denoise, conditional, classes, own), own
+            return contrasts(), own
         guided = self.base.weights(t, len(x)).to(own) * active
         net = "weak" if isinstance(self.base, Autoguidance) else "main"
         if self.combine == "add":
             other = cond if net == "weak" else cond.null()
-            both = contrast(x, t, denoise, conditional, classes, own)
-            return both + contrast(x, t, denoise, conditional, other, guided, net=net), own + guided
+            added = contrast(x, t, denoise, conditional, other, guided, net=net)
+            return contrasts() + added, own + guided
         weight = guided if self.combine == "flip" else torch.where(d.confused, own, guided)
         if net == "main" and not bool(d.confused.all()):
-            classes = choose_rows(classes, cond.null(), d.confused)
-        return contrast(x, t, denoise, conditional, classes, weight, net=net), weight
+            classes = [choose_rows(classes[0], cond.null(), d.confused)]
+        return contrast(x, t, denoise, conditional, classes[0], weight, net=net), weight
 
 
-def reference_class(log_p: Tensor, target: Tensor) -> Tensor:
-    """r = argmax_{k != c} p_k, (B,) long; ties go to the lowest index, and r is never c.
+def others(log_p: Tensor, target: Tensor) -> Tensor:
+    """log_p (B, K) with the target at -inf, and nothing else there: logits of q_k = p_k / (1 - p_c), k != c."""
+    return log_p.clamp_min(torch.finfo(log_p.dtype).min).scatter(1, target[:, None], -math.inf)
 
-    Raises ValueError for K = 1, where there is no other class.
+
+def reference_classes(log_p: Tensor, target: Tensor, count: int = 1) -> Tensor:
+    """The ``count`` likeliest classes but the target, likeliest first, (B, count) long; ties go to the lowest index.
+
+    Raises ValueError where there are not so many other classes.
     """
-    if log_p.shape[1] < 2:
-        raise ValueError("GFCG contrasts two classes; the classifier has only one")
-    others = log_p.clamp_min(torch.finfo(log_p.dtype).min)
-    return others.scatter(1, target[:, None], -math.inf).argmax(1)
+    if log_p.shape[1] <= count:
+        raise ValueError(
+            f"GFCG contrasts the target with {count} other classes; the classifier has only {log_p.shape[1]} in all"
+        )
+    return others(log_p, target).argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def guidance_scale(

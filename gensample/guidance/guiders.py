@@ -237,6 +237,7 @@ class GFCGGuider(RuleGuider):
         gamma: float = 2.0,
         scale_function: str = "confusion",
         reference: str = "runner_up",
+        num_references: int = 1,
         threshold: float = 0.05,
         max_scale: float = 4.0,
         max_entropy: float | None = 0.95,
@@ -245,6 +246,8 @@ class GFCGGuider(RuleGuider):
         base_scale: float = 1.0,
         combine: str = "switch",
         lagged: bool = False,
+        every: int = 1,
+        seed: int = 0,
         rescale: float = 0.0,
         enabled: bool = True,
     ) -> None:

@@ -98,7 +98,8 @@ def target_classes(cond: Conditioning, *, tolerance: float = 1e-3) -> Tensor:
         entries = table.reshape(len(table), -1).double().cpu()
         rows = cond.batched[name].reshape(cond.batch_size, -1).double().cpu()
         scale = entries.norm(dim=1).clamp_min(1.0) if table.is_floating_point() else 1e-9
-        distance = torch.maximum(distance, (rows[:, None] - entries[None]).norm(dim=2) / scale)
+        apart = torch.cdist(rows, entries, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = torch.maximum(distance, apart / scale)
     nearest, target = distance.min(1)
     if bool((nearest > tolerance).any()):
         row = int((nearest > tolerance).nonzero()[0])

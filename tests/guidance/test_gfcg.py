@@ -2,124 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-import gensample
-from gensample.denoisers import Conditioning, Denoiser
-from gensample.denoisers.process import FlowTimes
 from gensample.guidance import (
     CFG,
     GFCG,
     Autoguidance,
-    ClassifierGuidance,
     ClassifierPosterior,
     DenoiserCalls,
-    Guidance,
     NoiseAwarePosterior,
-    check_label_map,
 )
-from gensample.guidance.gfcg import ReferenceRule, guidance_scale, reference_class
-from gensample.guidance.posterior import target_classes
-from gensample.interpolants import LinearInterpolant
-from gensample.interpolants.oracles import GaussianMixture
-from gensample.solvers import make_solver
-
-PATH = LinearInterpolant()
-# Powers of two: the network's float32 timesteps are then exact, and so is the posterior at them.
-TIMES = [1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0]
-FREE: dict[str, Any] = {"threshold": 0.0, "max_scale": float("inf"), "max_entropy": None}
-
-
-class Classes:
-    """K classes, each a two-component mixture in the plane; exact networks and posteriors."""
-
-    def __init__(self, num_classes: int = 3, width: float = 0.3, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-        self.means = torch.from_numpy(rng.standard_normal((num_classes, 2, 2)))
-        self.num_classes = num_classes
-        half = torch.full((2,), 0.5, dtype=torch.float64)
-        variances = torch.full((2 * num_classes,), width**2, dtype=torch.float64)
-        self.classes = [GaussianMixture.isotropic(half, m, variances[:2]) for m in self.means]
-        weights = torch.full((2 * num_classes,), 0.5 / num_classes, dtype=torch.float64)
-        self.all = GaussianMixture.isotropic(weights, self.means.flatten(0, 1), variances)
-
-    def logits(self, x: Tensor, t: float | Tensor = 1.0) -> Tensor:
-        """log p_t(x | k): exact posterior logits of equally likely classes."""
-        return torch.stack([m.log_density(x, PATH, float(t)) for m in self.classes], dim=1)
-
-    def network(self, prediction_type: str = "flow_prediction") -> Callable[..., Tensor]:
-        def output(x: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
-            t = 1.0 - float(timestep[0])
-            every = [m.output(x, PATH, t, prediction_type) for m in (*self.classes, self.all)]
-            return torch.stack(every)[class_labels, torch.arange(len(x))]
-
-        return output
-
-    def denoiser(
-        self, rows: int = 12, prediction_type: str = "flow_prediction", weak: Any = None
-    ) -> Denoiser:
-        cond = Conditioning(batched={"class_labels": torch.arange(rows) % self.num_classes})
-        return Denoiser.from_model(
-            self.network(prediction_type),
-            nets={"weak": weak or Classes(self.num_classes, width=0.8).network(prediction_type)},
-            latent_shape=(2,),
-            path=PATH,
-            prediction_type=prediction_type,
-            time_map=FlowTimes(scale=1.0),
-            conditioning=cond.bind_null(class_labels=torch.tensor([self.num_classes])).bind_references(
-                class_labels=torch.arange(self.num_classes)
-            ),
-            decoder=lambda x: x,
-        )
-
-
-class Counting:
-    """A classifier that counts its calls."""
-
-    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
-        self.answer, self.calls = answer, 0
-
-    def __call__(self, images: Tensor) -> Any:
-        assert not images.requires_grad
-        assert not torch.is_grad_enabled()
-        self.calls += 1
-        return self.answer(images)
+from gensample.guidance.gfcg import guidance_scale, reference_classes
+from tests.guidance.classes import FREE, Classes, Counting, guided, points, posterior, walked
 
 
 @pytest.fixture
 def toy() -> Classes:
     return Classes()
-
-
-def points(rows: int = 12, seed: int = 3) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, 2)))
-
-
-def posterior(toy: Classes) -> ClassifierPosterior:
-    return ClassifierPosterior(toy.logits, micro_batch=64)
-
-
-def guided(rule: Guidance | None, denoiser: Denoiser, x: Tensor, t: float = 0.5, state: Any = None) -> Tensor:
-    calls = DenoiserCalls(denoiser)
-    if rule is None:
-        return calls(x, t, denoiser.conditioning)
-    with torch.no_grad():
-        return rule(x, t, calls, denoiser.conditioning, state).output
-
-
-def walked(rule: Guidance | None, denoiser: Denoiser, x: Tensor, solver: str = "euler") -> Tensor:
-    chosen = make_solver(solver, path=PATH, prediction_type=denoiser.prediction_type, times=TIMES)
-    noise = gensample.noise.NoiseStream.from_generator(5, len(x))
-    for state in gensample.sampling.walk(denoiser, denoiser.conditioning, chosen, x, noise, rule):
-        last = state.latents
-    return last
 
 
 @pytest.mark.parametrize("options", [{"gamma": 0.0}, {"interval": (0.0, 0.4)}])
@@ -171,14 +75,9 @@ def test_the_reference_is_never_the_target(value: float) -> None:
     logits[0], logits[1, 1], logits[2, 0] = value, value, value
     target = torch.tensor([0, 1, 0, 2])
     log_p = logits.log_softmax(1)
-    reference = reference_class(log_p, target)
+    reference = reference_classes(log_p, target)[:, 0]
     assert bool((reference != target).all())
     assert bool(guidance_scale(log_p, target, reference).isfinite().all())
-
-
-def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="only one"):
-        reference_class(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
 
 
 def test_rows_are_independent(toy: Classes) -> None:
@@ -313,93 +212,3 @@ def test_lagged_equals_same_step_for_a_classifier_that_is_constant_in_time(toy: 
 def test_walks_repeat_bit_for_bit(toy: Classes) -> None:
     rule = GFCG(posterior=posterior(toy), base=Autoguidance(2.0))
     assert torch.equal(walked(rule, toy.denoiser(), points()), walked(rule, toy.denoiser(), points()))
-
-
-def test_a_classifier_of_permuted_labels_is_refused(toy: Classes) -> None:
-    images = torch.cat([m.repeat(4, 1) for m in toy.means])
-    labels = torch.arange(3).repeat_interleave(8)
-    assert check_label_map(toy.logits, images, labels) > 0.9
-    with pytest.raises(ValueError, match="another order"):
-        check_label_map(lambda x: toy.logits(x).roll(1, 1), images, labels)
-    with pytest.raises(ValueError, match="does not recognise"):
-        check_label_map(lambda x: torch.zeros(len(x), 3), images, labels)
-
-
-def test_a_uniform_classifier_switches_the_rule_off(toy: Classes) -> None:
-    denoiser, x = toy.denoiser(), points()
-    nothing = ClassifierPosterior(lambda images: torch.zeros(len(images), 3), micro_batch=64)
-    assert torch.equal(guided(GFCG(posterior=nothing), denoiser, x), guided(None, denoiser, x))
-    combined = guided(GFCG(posterior=nothing, base=Autoguidance(2.0)), denoiser, x)
-    assert torch.equal(combined, guided(Autoguidance(2.0), denoiser, x))
-
-
-def test_top_leaves_rows_whose_likeliest_class_is_the_target(toy: Classes) -> None:
-    rule: ReferenceRule = "top"
-    denoiser, x = toy.denoiser(), points()
-    calls = DenoiserCalls(denoiser)
-    info = GFCG(posterior=posterior(toy), reference=rule, threshold=0.0)(
-        x, 0.5, calls, denoiser.conditioning, None
-    ).info
-    assert bool((info["scale"][info["confidence"] > 0.5] == 0).all())
-
-
-def test_zero_signal_to_noise_is_refused_for_epsilon(toy: Classes) -> None:
-    denoiser = toy.denoiser(prediction_type="epsilon")
-    with pytest.raises(ValueError, match="zero signal-to-noise"):
-        guided(GFCG(posterior=posterior(toy)), denoiser, points(), t=0.0)
-
-
-def test_conditions_must_be_in_the_reference_table(toy: Classes) -> None:
-    cond = toy.denoiser().conditioning
-    assert torch.equal(target_classes(cond), torch.arange(12) % 3)
-    with pytest.raises(ValueError, match="sample 0 is not in the reference table"):
-        target_classes(cond.null())
-    with pytest.raises(ValueError, match="reference table 2"):
-        GFCG(posterior=posterior(toy)).decide(
-            torch.zeros(12, 3), cond.bind_references(class_labels=torch.arange(2))
-        )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gamma": -1.0}, "gamma"), ({"threshold": 1.0}, "threshold"), ({"max_scale": 0.0}, "max_scale"),
-        ({"scale_function": "linear"}, "scale_function"), ({"reference": "any"}, "reference"),
-        ({"interval": (0.5, 0.5)}, "interval"), ({"base": CFG(2.0, rescale=0.5)}, "follow the sum"),
-        ({"rescale": 2.0}, "rescale"),
-    ],
-)  # fmt: skip
-def test_bad_arguments_are_named(toy: Classes, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        GFCG(posterior=posterior(toy), **options)
-
-
-def test_classifiers_in_training_mode_and_nan_logits_are_refused(toy: Classes) -> None:
-    with pytest.raises(ValueError, match="training mode"):
-        ClassifierPosterior(torch.nn.Linear(2, 3))
-    broken = ClassifierPosterior(lambda x: toy.logits(x) * float("nan"), micro_batch=64)
-    with pytest.raises(FloatingPointError, match="sample 0"):
-        guided(GFCG(posterior=broken), toy.denoiser(), points())
-
-
-def test_a_bare_function_cannot_form_x0(toy: Classes) -> None:
-    cond = toy.denoiser().conditioning
-    with pytest.raises(TypeError, match="DenoiserCalls"):
-        GFCG(posterior=posterior(toy))(points(), 0.5, lambda x, t, c, net="main": x, cond, None)
-
-
-def test_classifier_guidance_raises_the_log_probability_of_the_target(toy: Classes) -> None:
-    denoiser, x = toy.denoiser(), points()
-    labels = denoiser.conditioning.batched["class_labels"]
-    # A differentiable classifier of points: minus the squared distance to the class centre.
-    centres = toy.means.mean(1)
-    clean = ClassifierPosterior(lambda x0: -(x0[:, None] - centres).square().sum(-1), micro_batch=64)
-    rule = ClassifierGuidance(clean, 0.05)
-
-    def log_p(output: Tensor) -> Tensor:
-        x0 = DenoiserCalls(denoiser).x0(x, 0.5, output)
-        return clean.classifier(x0).log_softmax(1).gather(1, labels[:, None]).sum()
-
-    assert float(log_p(guided(rule, denoiser, x))) >= float(log_p(guided(None, denoiser, x)))
-    assert torch.equal(guided(replace(rule, scale=0.0), denoiser, x), guided(None, denoiser, x))
-    assert torch.equal(guided(rule, denoiser, x, t=0.0), guided(None, denoiser, x, t=0.0))

@@ -23,7 +23,9 @@ class Budget:
 
     def __init__(self, problem: SearchProblem, budget: int, cost: int, what: str = "rollout") -> None:
         if cost > budget:
-            raise ValueError(f"budget={budget} does not pay for one {what}, which takes up to {cost} evaluations")
+            raise ValueError(
+                f"budget={budget} does not pay for one {what}, which takes up to {cost} evaluations"
+            )
         self.problem, self.budget, self.cost = problem, budget, cost
         self._before = problem.evaluations
 

@@ -4,6 +4,7 @@ from gensample.guidance.autoguidance import Autoguidance
 from gensample.guidance.base import Denoise, DenoiserCalls, Guidance, Guided
 from gensample.guidance.cfg import CFG
 from gensample.guidance.classifier import ClassifierGuidance
+from gensample.guidance.clip import PromptBank
 from gensample.guidance.gfcg import GFCG
 from gensample.guidance.guiders import AutoguidanceGuider, CFGGuider, GFCGGuider, encode_references
 from gensample.guidance.icg import ICG
@@ -32,6 +33,7 @@ __all__ = [
     "NoiseAwarePosterior",
     "Posterior",
     "Projection",
+    "PromptBank",
     "check_label_map",
     "encode_references",
 ]

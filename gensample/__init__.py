@@ -8,8 +8,10 @@ from gensample.loading import load
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
 from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 from gensample.sampling import sample, stream
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
+from gensample.schedulers.multiplicative import GBMScheduler
 
 __version__ = "0.1.0"
 
@@ -17,6 +19,8 @@ __all__ = [
     "ClassConditionalPipeline",
     "Classifier",
     "DiT",
+    "GBMScheduler",
+    "MultiplicativeDiffusionPipeline",
     "StochasticInterpolantScheduler",
     "__version__",
     "guidance",

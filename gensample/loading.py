@@ -23,8 +23,12 @@ from gensample.assets import asset_names, asset_path
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
 from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 
-PIPELINES: dict[str, type[Any]] = {"ClassConditionalPipeline": ClassConditionalPipeline}
+PIPELINES: dict[str, type[Any]] = {
+    "ClassConditionalPipeline": ClassConditionalPipeline,
+    "MultiplicativeDiffusionPipeline": MultiplicativeDiffusionPipeline,
+}
 MODELS: dict[str, type[Any]] = {"DiT": DiT, "Classifier": Classifier}
 
 # What Diffusers, Transformers and safetensors raise for a damaged folder or an absent optional package.

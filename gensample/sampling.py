@@ -22,7 +22,6 @@ from gensample.guidance import DenoiserCalls, Guidance
 from gensample.interpolants import convert
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
-from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 from gensample.schedulers.solver_adapter import SchedulerSolver
 from gensample.schedulers.step_noise import queued_to
 from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver
@@ -235,8 +234,9 @@ def choose_solver(
         if diffusion is not None:
             raise ValueError(f"diffusion={diffusion} needs solver='em', 'exp' or 'exp2m'")
         scheduler = denoiser.prepared_scheduler(num_inference_steps)
-        if isinstance(scheduler, StochasticInterpolantScheduler):
-            return scheduler.solver
+        own = getattr(scheduler, "solver", None)  # of our schedulers
+        if isinstance(own, Solver):
+            return own
         return SchedulerSolver(
             scheduler,
             path=denoiser.path,

@@ -175,8 +175,10 @@ class Denoiser:
         timestep = self._timestep_rows(t, x)
         attention = attention_of(module, self.device, dtype, self.attention_backend)
         with torch.set_grad_enabled(grad), context, attention:
-            answer = self.forward(module, x.to(self.device, dtype), timestep, self._fields(cond, dtype))
+            state = self.network_state(x.to(self.device), t).to(dtype)
+            answer = self.forward(module, state, timestep, self._fields(cond, dtype))
             native = _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
+            native = NativeOutput(self.meaning(native.output, x, t), native.variance)
         self.evaluations += x.shape[0]
         return native
 
@@ -233,6 +235,14 @@ class Denoiser:
         output = answer[0] if isinstance(answer, tuple) else answer
         if not isinstance(output, Tensor):
             raise TypeError(f"the model returned {type(answer).__name__}, not a tensor, tuple or .sample")
+        return output
+
+    def network_state(self, x: Tensor, t: Time) -> Tensor:
+        """What the network sees of the state x (B, ...), before its dtype: x itself, unless a family overrides it."""
+        return x
+
+    def meaning(self, output: Tensor, x: Tensor, t: Time) -> Tensor:
+        """The network's output in the denoiser's ``prediction_type``: itself, unless a family overrides it."""
         return output
 
     def set_timesteps(self, scheduler: Any, num_inference_steps: int) -> None:

@@ -17,6 +17,7 @@ ADAPTERS = {
     "DDPMPipeline": "unet2d",
     "DiTPipeline": "dit",
     "FluxPipeline": "flux",
+    "MultiplicativeDiffusionPipeline": "multiplicative",
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",

@@ -42,6 +42,7 @@ NetworkInput = Literal["ambient", "log"]
 LOG_PREDICTIONS: tuple[str, ...] = get_args(LogPrediction)
 # exp of these is finite and not zero, and at least the smallest normal number, in the dtype that x is asked for in.
 _EXPONENTS = {torch.float16: 9.5, torch.bfloat16: 87.0, torch.float32: 87.0, torch.float64: 700.0}
+_LARGEST_SCORE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +151,13 @@ class GeometricProcess:
     def network_state(self, u: Tensor, t: Scalar) -> Tensor:
         """The network's input at state u."""
         if self.network_input == "ambient":
-            return safe_exp(self.log_x(u, t))[0]
+            return self._seen_x(u, t)
         c = self.path.coefficients(t)
         return u * per_row(_scalar(1.0 / (c.alpha + c.beta)), u)
+
+    def _seen_x(self, u: Tensor, t: Scalar) -> Tensor:
+        """x_t as far as a network can follow it: within exp(+-20), 25 standard deviations of the published motion."""
+        return self.log_x(u, t).clamp(-20.0, 20.0).exp()
 
     def timestep(self, t: Scalar) -> Scalar:
         """The network's timestep at canonical time t."""
@@ -184,7 +189,10 @@ class GeometricProcess:
                     "log_sample does not determine the noise at the data (t = 1); stop before it"
                 )
             return axpby(1.0 / c.alpha, u, -c.beta / c.alpha, output)
-        h = output if self.prediction_type == "hyvarinen" else output * safe_exp(self.log_x(u, t))[0]
+        h = output if self.prediction_type == "hyvarinen" else output * self._seen_x(u, t)
+        h = h.clamp(
+            -_LARGEST_SCORE, _LARGEST_SCORE
+        )  # an untrained S times a large x would overflow; NaN stays
         return per_row(_scalar(-c.alpha * self.log_std), u) * (h + 1.0)
 
     def from_epsilon(self, epsilon: Tensor, u: Tensor, t: Scalar) -> Tensor:
@@ -199,7 +207,7 @@ class GeometricProcess:
         if np.any(np.asarray(c.alpha) == 0):
             raise ValueError(f"{self.prediction_type} is infinite at the data (t = 1); stop before it")
         h = -1.0 - epsilon * per_row(_scalar(1.0 / (c.alpha * self.log_std)), epsilon)
-        return h if self.prediction_type == "hyvarinen" else h / safe_exp(self.log_x(u, t))[0]
+        return h if self.prediction_type == "hyvarinen" else h / self._seen_x(u, t)
 
 
 def arithmetic_mean(log_x0: Tensor, log_density_ratio: Tensor, s: float) -> Tensor:

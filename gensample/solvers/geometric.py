@@ -35,8 +35,9 @@ from gensample.transitions import GaussianTransition
 GeometricSampler = Literal["dale_langevin", "unconstrained", "ancestral", "ddim", "heun"]
 GEOMETRIC_SAMPLERS: tuple[str, ...] = get_args(GeometricSampler)
 
-# A multiplicative step to zero or below ends here instead: exp(-10) of the value before it.
-_SMALLEST_FACTOR = math.exp(-10.0)
+# No update multiplies x by more than exp(10) or less than exp(-10), its noise aside: an untrained network can ask
+# for anything, and a step to zero or below has no logarithm.
+_LARGEST_INCREMENT = 10.0
 
 
 def dale_langevin_step(
@@ -66,6 +67,9 @@ class DaleLangevinSolver(MarkovSolver):
     noise_scales: a of every step, (N,); None is 1.
     inner_steps: updates at every level, each with its own evaluation, increment and noise.
     churn: lambda >= 0.
+    log_std: of the process; the drift of one update is clamped to +-10 in log x, that is +-10/log_std in u.
+
+    The carried state counts clamped drifts per row, (B,) int64.
 
     At a frozen level the update is Langevin dynamics of q_t squared (temperature 1/2), not of q_t: inner steps
     sharpen, they do not correct.  With more than one the solver offers no transition law.
@@ -83,6 +87,7 @@ class DaleLangevinSolver(MarkovSolver):
         noise_scales: Sequence[float] | None = None,
         inner_steps: int = 1,
         churn: float = 1.0,
+        log_std: float = 1.0,
     ) -> None:
         if not isinstance(path, VEInterpolant):
             raise ValueError(
@@ -102,7 +107,7 @@ class DaleLangevinSolver(MarkovSolver):
         self._scales = _per_step(
             "noise_scales", np.ones(count) if noise_scales is None else noise_scales, count
         )
-        self._churn = churn
+        self._churn, self._log_std = churn, log_std
         self.is_markov = inner_steps == 1
         self.step_of_stage = tuple(i for i in range(count) for _ in range(inner_steps))
         self.stage_times = tuple(self.times[i] for i in self.step_of_stage)
@@ -114,15 +119,25 @@ class DaleLangevinSolver(MarkovSolver):
         """As ``MarkovSolver.transition``; raises ValueError with inner steps."""
         if not self.is_markov:
             raise ValueError("several inner steps have no single transition law; set inner_steps=1")
-        return super().transition(i, x, output, output_type)
+        return self._law(i, x, output, output_type)[0]
 
     def update(
         self, x: Tensor, output: Tensor, state: SolverState, noise: DrawNoise
     ) -> tuple[Tensor, SolverState]:
         """Consume the output of stage ``state.stage``."""
-        law = super().transition(state.stage, x, output)
+        law, clamped = self._law(state.stage, x, output, "native")
         sample = law.sample(noise()) if self.needs_noise(state.stage) else law.mean
-        return sample, SolverState(state.stage + 1)
+        return sample, _counted(state, clamped)
+
+    def _law(
+        self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str
+    ) -> tuple[GaussianTransition, Tensor]:
+        """The law after a clamped drift, and how many drifts were clamped in each row, (B,)."""
+        law = super().transition(i, x, output, output_type)
+        x = x.to(law.mean)
+        moved, limit = law.mean - x, _LARGEST_INCREMENT / self._log_std
+        clamped = (moved.abs() > limit).flatten(1).sum(1)
+        return GaussianTransition(x + moved.clamp(-limit, limit), law.std), clamped
 
     def _build(self, prediction_type: str) -> AffineTable:
         rows = []
@@ -158,10 +173,9 @@ class UnconstrainedSolver(DaleLangevinSolver):
     ) -> None:
         super().__init__(
             path=path, prediction_type=prediction_type, times=times, increments=increments,
-            noise_scales=noise_scales, inner_steps=inner_steps,
+            noise_scales=noise_scales, inner_steps=inner_steps, log_std=log_std,
         )  # fmt: skip
         self.name, self.is_markov = "unconstrained", False
-        self._log_std = log_std
         count = len(self.times) - 1
         drifts = (
             np.zeros(count) if drift_increments is None else np.asarray(drift_increments, dtype=np.float64)
@@ -191,9 +205,8 @@ class UnconstrainedSolver(DaleLangevinSolver):
                 f"step {step}; take more steps, or sampler='dale_langevin', which keeps the sign",
                 stacklevel=2,
             )
-        moved = x + (factor.clamp_min(_SMALLEST_FACTOR).log() + drift) / self._log_std
-        before = state.carried[0] if state.carried else torch.zeros_like(crossed)
-        return moved, SolverState(state.stage + 1, (before + crossed,))
+        moved = x + (factor.clamp_min(math.exp(-_LARGEST_INCREMENT)).log() + drift) / self._log_std
+        return moved, _counted(state, crossed)
 
 
 def make_geometric_solver(
@@ -217,8 +230,9 @@ def make_geometric_solver(
     tuned = not (increments is noise_scales is None and inner_steps == 1)
     if sampler == "dale_langevin":
         return DaleLangevinSolver(
-            **common, increments=increments, noise_scales=noise_scales, inner_steps=inner_steps, churn=churn
-        )
+            **common, increments=increments, noise_scales=noise_scales, inner_steps=inner_steps, churn=churn,
+            log_std=log_std,
+        )  # fmt: skip
     if sampler == "unconstrained":
         if churn != 1.0:
             raise ValueError(f"churn={churn} belongs to sampler='dale_langevin'")
@@ -237,6 +251,11 @@ def make_geometric_solver(
     if sampler == "ancestral":
         return MarkovSolver("exp", **common, diffusion=Diffusion("sbdm", 1.0))
     return MarkovSolver("ddim", **common)
+
+
+def _counted(state: SolverState, found: Tensor) -> SolverState:
+    """The next stage, with ``found`` (B,) added to the count that the state carries."""
+    return SolverState(state.stage + 1, (state.carried[0] + found if state.carried else found,))
 
 
 def _per_step(name: str, values: Sequence[float] | np.ndarray, count: int) -> list[float]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 import gensample
@@ -96,6 +99,28 @@ def test_a_hub_id_is_fetched_once_without_code(saved: Path, monkeypatch: pytest.
     ((name, options),) = asked
     assert (name, options["revision"], options["local_files_only"]) == ("someone/clothes", "v1", True)
     assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in options["allow_patterns"])
+
+
+def test_what_push_to_hub_uploads_loads_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded = tmp_path / "uploaded"
+
+    def upload(self: Any, folder: str, repo_id: str, **options: Any) -> str:
+        shutil.copytree(folder, uploaded)
+        return repo_id
+
+    # Only the Hub itself is replaced: what is written to the folder is Diffusers' and ours.
+    for place in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+        monkeypatch.setattr(
+            f"{place}.create_repo", lambda name, **_: SimpleNamespace(repo_id=name), raising=False
+        )
+        monkeypatch.setattr(
+            f"{place}.load_or_create_model_card", lambda *_, **__: ModelCard("# clothes"), raising=False
+        )
+    monkeypatch.setattr("diffusers.utils.hub_utils.PushToHubMixin._upload_folder", upload)
+    assert tiny_pipeline().push_to_hub("someone/clothes") == "someone/clothes"
+    assert {path.suffix for path in uploaded.rglob("*") if path.is_file()} == {".json", ".md", ".safetensors"}
+    for pipe in (gensample.load(uploaded), gensample.ClassConditionalPipeline.from_pretrained(uploaded)):
+        torch.testing.assert_close(images(pipe), images(tiny_pipeline()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [".", "fashion"])

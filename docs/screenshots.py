@@ -2,8 +2,8 @@
 
     python docs/screenshots.py [TAB ...]        (without tabs, all; a minute or two on two cores)
 
-Starts ``gensample demo`` on a free port of this machine, presses each tab's button with the settings the page opens
-with, and waits for it to be done.  The seconds on the pictures are this machine's, so a second run changes those.
+Starts ``gensample demo`` on a free port of this machine, presses each tab's main button with the settings the page
+opens with, and waits for it to be done.  The seconds on the pictures are this machine's, so a second run changes those.
 """
 
 # ruff: noqa: T201  (a script that says what it wrote)
@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image
 
 IMAGES = Path(__file__).resolve().parent / "images"
-TABS = {"Generate": "Generate", "Compare": "Compare", "Trajectory": "Trace"}  # tab: its button
+NARROW_TABS = ("Generate", "Compare", "Trajectory")
 WIDE, NARROW, GAP = 1280, 390, 16
 CHROMIUM = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
@@ -39,19 +39,21 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tabs", nargs="*", metavar="TAB", help=f"of {', '.join(TABS)}; default: all")
-    tabs = parser.parse_args().tabs or list(TABS)
-    if unknown := set(tabs) - set(TABS):
-        parser.error(f"no tab is called {sorted(unknown)[0]!r}; use {', '.join(TABS)}")
+    parser.add_argument("tabs", nargs="*", metavar="TAB", help="as the page names them; default: all")
+    wanted = parser.parse_args().tabs
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         parser.error("Chromium is not installed: apt-get install --no-install-recommends chromium")
     with served() as url, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM)
-        for tab in tabs:
+        there = tabs_of(browser, url)
+        if unknown := set(wanted) - set(there):
+            parser.error(f"no tab is called {sorted(unknown)[0]!r}; use {', '.join(there)}")
+        for tab in wanted or there:
             write(photograph(browser, url, tab, WIDE), f"demo-{tab.lower()}.png")
-        if len(tabs) == len(TABS):
-            write(beside([photograph(browser, url, tab, NARROW) for tab in tabs]), "demo-narrow.png")
+        if not wanted:
+            narrow = [photograph(browser, url, tab, NARROW) for tab in NARROW_TABS]
+            write(beside(narrow), "demo-narrow.png")
         browser.close()
 
 
@@ -82,13 +84,23 @@ def wait_until_served(url: str, process: subprocess.Popen[bytes], seconds: float
     raise RuntimeError("gensample demo did not start; see its messages above")
 
 
+def tabs_of(browser: Any, url: str) -> list[str]:
+    """The names of the page's tabs."""
+    page = browser.new_page(viewport={"width": WIDE, "height": 800})
+    page.goto(url)
+    page.get_by_role("tab").first.wait_for()
+    names: list[str] = page.get_by_role("tab").all_inner_texts()
+    page.close()
+    return names
+
+
 def photograph(browser: Any, url: str, tab: str, width: int) -> Image.Image:
     """The whole page ``width`` pixels wide, after a run of ``tab`` as it opens."""
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.goto(url)
     page.get_by_role("tab", name=tab).click()
-    page.get_by_role("button", name=TABS[tab], exact=True).filter(visible=True).click()
-    page.locator(".gs-status", has_text="Done").filter(visible=True).wait_for(timeout=180_000)
+    page.locator("button.primary").filter(visible=True).first.click()
+    page.locator(".gs-status", has_text="Done").filter(visible=True).wait_for(timeout=300_000)
     page.wait_for_function("[...document.images].every(image => image.complete)")
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # for fades to end

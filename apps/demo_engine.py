@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from gensample.guidance import Guidance
     from gensample.sampling import StepState
 
 ALL_CLASSES = "all classes"
@@ -142,7 +143,7 @@ class DemoEngine:
         from gensample.apps.drawing import to_pixels
 
         shown = preview_steps(settings.steps)
-        for progress, state in self._timed(settings):
+        for progress, state in self.timed(settings):
             if progress.step == settings.steps:
                 images = state.denoiser.decode(state.latents)
                 yield replace(progress, preview=to_pixels(images), images=images.cpu())
@@ -156,7 +157,7 @@ class DemoEngine:
         from gensample.apps.drawing import to_pixels
 
         shown = {1, *preview_steps(settings.steps)}
-        for progress, state in self._timed(settings):
+        for progress, state in self.timed(settings):
             latents, t = state.at
             decode = state.denoiser.decode
             if progress.step in shown:
@@ -167,10 +168,12 @@ class DemoEngine:
                 progress = replace(progress, images=images.cpu())
             yield progress
 
-    def _timed(self, settings: Settings) -> Iterator[tuple[Progress, StepState]]:
-        """The steps of the walk with their progress, until the time is up."""
+    def timed(
+        self, settings: Settings, guidance: Guidance | None = None
+    ) -> Iterator[tuple[Progress, StepState]]:
+        """The steps of the walk with their progress, until the time is up; ``guidance`` instead of CFG(scale)."""
         started = time.monotonic()
-        for state in self._walk(settings):
+        for state in self._walk(settings, guidance):
             step = state.step + 1
             seconds = time.monotonic() - started
             rate = len(settings.labels) * step / settings.steps / max(seconds, 1e-9)
@@ -181,7 +184,7 @@ class DemoEngine:
                     "take fewer images or steps"
                 )
 
-    def _walk(self, settings: Settings) -> Iterator[StepState]:
+    def _walk(self, settings: Settings, guidance: Guidance | None) -> Iterator[StepState]:
         """The states of the walk, counted."""
         from gensample.guidance import CFG
         from gensample.sampling import stream
@@ -192,7 +195,7 @@ class DemoEngine:
                 self.pipe,
                 class_labels=list(settings.labels),
                 num_inference_steps=settings.steps,
-                guidance=CFG(settings.scale),
+                guidance=guidance or CFG(settings.scale),
                 solver=settings.solver,
                 generator=settings.seed,
             ):

@@ -153,7 +153,7 @@ class GFCG:
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
     ) -> Guided:
-        """The guided output; ``info`` holds confidence (p_c), reference (r) and scale (the weight used), (B,)."""
+        """The guided output; ``info``: confidence (p_c), reference (r), confused, scale (the weight used), (B,)."""
         if isinstance(self.base, Autoguidance):
             self.base.prepare(denoise)
         active = inside(t, self.interval, len(x)).to(x.device)
@@ -167,7 +167,9 @@ class GFCG:
         decision = self.decide(log_p.to(x.device), cond, t)
         delta, weight = self._delta(x, t, denoise, cond, conditional, decision, active)
         first = decision.references[:, 0]
-        info = {"confidence": decision.confidence, "reference": first, "scale": weight}
+        info = {
+            "confidence": decision.confidence, "reference": first, "confused": decision.confused, "scale": weight,
+        }  # fmt: skip
         if not bool(weight.any()):
             return Guided(conditional, memory, info)
         finish = Finish(self.rescale, self.projection)

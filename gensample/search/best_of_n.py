@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from gensample.search.problem import Population, SearchProblem
 from gensample.search.resampling import log_mean, normalised
-from gensample.search.rollouts import Budget, Pool, checked_batch, rollout_cost, rollouts
+from gensample.search.rollouts import Best, Budget, Pool, checked_batch, rollout_cost, rollouts
 
 
 @dataclass(frozen=True)
@@ -51,26 +48,12 @@ class BestOfN:
 
     def __post_init__(self) -> None:
         checked_batch(self.batch)
-        if self.keep < 1:
-            raise ValueError(f"keep={self.keep} must be at least 1")
+        Best(self.keep)
 
     def run(self, problem: SearchProblem, budget: int) -> Iterator[Population]:
         """Yield the ``keep`` best so far, best first, after every batch."""
-        paid = Budget(problem, budget, rollout_cost(problem))
-        done, best, values = 0, None, np.empty(0)
+        paid, best, done = Budget(problem, budget, rollout_cost(problem)), Best(self.keep), 0
         for x, rewards in rollouts(problem, paid, self.batch):
             done += len(x)
-            best = x if best is None else torch.cat([best, x])
-            values = np.concatenate([values, rewards])
-            top = np.argsort(-values, kind="stable")[: self.keep]
-            best, values = best[torch.from_numpy(top)], values[top]
-            yield best_population(best, values, paid.spent, {"rollouts": done})
-
-
-def best_population(
-    latents: torch.Tensor, rewards: np.ndarray, evaluations: int, info: dict[str, object]
-) -> Population:
-    """A population with all weight on its highest reward."""
-    log_weights = np.full(len(rewards), -np.inf)
-    log_weights[int(np.argmax(rewards))] = 0.0
-    return Population(latents, rewards, log_weights, evaluations, None, info)
+            best.offer(x, rewards)
+            yield best.population(paid.spent, {"rollouts": done})

@@ -5,14 +5,17 @@ Shapes: B = rows, n = rollouts so far, ... = latent shape; latents (n, ...); rew
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gensample.interpolants import Float64
-from gensample.search.problem import SearchProblem
+from gensample.search.problem import Population, SearchProblem
 
 
 class Budget:
@@ -96,3 +99,36 @@ def checked_batch(batch: int) -> None:
     """Raise ValueError for a batch of no rows."""
     if batch < 1:
         raise ValueError(f"batch={batch} must be at least 1")
+
+
+def unweighted(pool: Pool, evaluations: int, info: dict[str, Any]) -> Population:
+    """The pool with equal weights."""
+    log_weights = np.full(pool.size, -math.log(pool.size))
+    return Population(pool.latents, pool.rewards, log_weights, evaluations, None, info)
+
+
+@dataclass
+class Best:
+    """The ``keep`` samples of the highest reward among all that were offered, best first."""
+
+    keep: int
+    latents: Tensor | None = None
+    rewards: Float64 = field(default_factory=lambda: np.empty(0))
+
+    def __post_init__(self) -> None:
+        if self.keep < 1:
+            raise ValueError(f"keep={self.keep} must be at least 1")
+
+    def offer(self, x: Tensor, rewards: Float64) -> None:
+        """Compare clean states (B, ...) and their rewards (B,) with those kept; the earlier wins a tie."""
+        x = x if self.latents is None else torch.cat([self.latents, x])
+        rewards = np.concatenate([self.rewards, rewards])
+        top = np.argsort(-rewards, kind="stable")[: self.keep]
+        self.latents, self.rewards = x[torch.as_tensor(top, device=x.device)], rewards[top]
+
+    def population(self, evaluations: int, info: dict[str, Any]) -> Population:
+        """All weight on the best one: a search result, no sample of the target."""
+        assert self.latents is not None
+        log_weights = np.full(len(self.rewards), -np.inf)
+        log_weights[0] = 0.0
+        return Population(self.latents, self.rewards, log_weights, evaluations, None, info)

@@ -24,9 +24,10 @@ def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_guidance(ns: Any) -> None:
     """Raise ValueError for scales that the rule cannot use, before anything is loaded."""
-    from gensample.guidance import CFG
+    from gensample.guidance import CFG, GFCG, NoiseAwarePosterior
 
     CFG(ns.scale)
+    GFCG(posterior=NoiseAwarePosterior(lambda x, t: x), gamma=ns.gamma, threshold=ns.threshold)
     if ns.guidance == "gfcg" and ns.scale != 1.0:
         raise ValueError(f"--scale {ns.scale:g} does not apply to --guidance gfcg; its scale is --gamma")
     for option, rule in (("weak", "atg"), ("classifier", "gfcg")):

@@ -36,9 +36,14 @@ def build(stage: Stage) -> Any:
 
     from gensample.apps.demo_compare import compare_tab
     from gensample.apps.demo_generate import generate_tab
+    from gensample.apps.demo_guidance import guidance_tab
+    from gensample.apps.demo_search import search_tab
     from gensample.apps.demo_trajectory import trajectory_tab
 
     tabs = {"Generate": generate_tab, "Compare": compare_tab, "Trajectory": trajectory_tab}
+    if stage.judge is not None:  # the shipped classifiers know this model's classes
+        tabs["Guidance"] = guidance_tab
+        tabs["Search"] = search_tab
     count = sum(p.numel() for p in stage.engine.pipe.transformer.parameters()) / 1e6
     with gr.Blocks(
         title="gensample", analytics_enabled=False, delete_cache=_CACHE_SECONDS, fill_width=True

@@ -31,8 +31,8 @@ def generate_tab(stage: Stage) -> None:
         with gr.Column(scale=1, min_width=260):
             label = label_input(engine, ALL_CLASSES)
             steps = steps_input(engine, 16)
-            solver = solver_input("euler")
-            scale = scale_input(engine, 1.5)
+            solver = solver_input("exp2m")
+            scale = scale_input(engine, 1.1)
             seed = seed_input()
             count = count_input(engine, 20)
             buttons = run_buttons("Generate")

@@ -12,13 +12,13 @@ NeurIPS 2025; the identities, and what the paper leaves open, are in docs/dts.md
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gensample.search.problem import Population, SearchProblem
-from gensample.search.tree_growth import Batches, Batching
+from gensample.search.tree_growth import Batches, Batching, Growth
 from gensample.search.tree_placement import place_levels, published_levels
 from gensample.search.tree_rules import TreeRules
 from gensample.search.tree_run import TreeRun
@@ -177,3 +177,19 @@ class DTSStar(TreeMethod):
             "uct", exploration=self.exploration,
             backup=self.backup, merge=self.merge, storage=self.storage, device=self.device,
         )  # fmt: skip
+
+
+def grow_forest(method: TreeMethod, problems: Sequence[SearchProblem], budget: int) -> Iterator[list[TreeRun]]:
+    """One tree a problem, such as a prompt, all on one chain: their rollouts share network calls.
+
+    Each tree grows as it would alone, ``method.rows`` tickets at a time, so with one there is no staleness however
+    many trees there are.  Yields the trees after every round of rows; they grow in place until each has spent
+    ``budget`` evaluations.
+    """
+    runs = [method.plant(problem, budget) for problem in problems]
+    growth = Growth([run.tree for run in runs], method.batches)
+    for _ in growth.grow([budget] * len(runs)):
+        yield runs
+    for run in runs:
+        run.budget = budget
+    yield runs

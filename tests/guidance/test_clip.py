@@ -121,8 +121,8 @@ def test_text_pipelines_are_guided_by_the_bank(
 def test_the_switch_falls_back_to_the_negative_prompt(bank: PromptBank) -> None:
     certain = ClassifierPosterior(lambda x: 1e4 * torch.nn.functional.one_hot(torch.tensor([0, 1]), 3))
     draw: dict[str, Any] = {
-        "prompt": PROMPTS[:2], "reference_prompts": list(bank.prompts), "num_inference_steps": 2, "generator": 3, "progress": False,
-        "output_type": "latent", "negative_prompt": "a",
+        "prompt": PROMPTS[:2], "reference_prompts": list(bank.prompts), "num_inference_steps": 2, "generator": 3,
+        "output_type": "latent", "negative_prompt": "a", "progress": False,
     }  # fmt: skip
     pipe = tiny_sd()
     switched = gensample.sample(pipe, guidance=GFCG(posterior=certain, base=CFG(2.0)), **draw)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from gensample.denoisers import Conditioning
 from gensample.guidance.base import Denoise, Guided, denoiser_calls
-from gensample.guidance.terms import Finish, Interval, Projection, checked_interval, contrast, inside
+from gensample.guidance.terms import (
+    Finish,
+    Interval,
+    Projection,
+    checked_interval,
+    contrast,
+    inside,
+    remembers,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +39,6 @@ class Autoguidance:
     interval: Interval | None = None
     rescale: float = 0.0
     projection: Projection | None = None
-    has_memory = False
 
     def __post_init__(self) -> None:
         """Refuse scales that are not finite numbers, and intervals that are empty."""
@@ -49,6 +56,11 @@ class Autoguidance:
         if self.weak is not None:
             denoiser_calls(denoise, "Autoguidance with weak=").use_net("weak", self.weak)
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether the projection has momentum."""
+        return remembers(self.projection)
+
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
     ) -> Guided:
@@ -57,6 +69,7 @@ class Autoguidance:
         conditional = denoise(x, t, cond)
         weight = self.weights(t, len(x)).to(x.device)
         if not bool(weight.any()):
-            return Guided(conditional)
+            return Guided(conditional, state)
         delta = contrast(x, t, denoise, conditional, cond, weight, net="weak")
-        return Guided(Finish(self.rescale, self.projection)(x, t, denoise, conditional, delta, weight))
+        finish = Finish(self.rescale, self.projection)
+        return Guided(*finish(x, t, denoise, conditional, delta, weight, state))

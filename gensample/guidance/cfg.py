@@ -15,7 +15,15 @@ from torch import Tensor
 
 from gensample.denoisers import Conditioning
 from gensample.guidance.base import Denoise, Guided
-from gensample.guidance.terms import Finish, Interval, Projection, checked_interval, contrast, inside
+from gensample.guidance.terms import (
+    Finish,
+    Interval,
+    Projection,
+    checked_interval,
+    contrast,
+    inside,
+    remembers,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,6 @@ class CFG:
     interval: Interval | None = None
     rescale: float = 0.0
     projection: Projection | None = None
-    has_memory = False
 
     def __post_init__(self) -> None:
         """Refuse scales that are not finite numbers, and intervals that are empty."""
@@ -46,6 +53,11 @@ class CFG:
         """scale - 1 for rows inside the interval, else 0: (B,) float64."""
         return inside(t, self.interval, rows).double() * (self.scale - 1.0)
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether the projection has momentum."""
+        return remembers(self.projection)
+
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
     ) -> Guided:
@@ -57,7 +69,7 @@ class CFG:
             return Guided(denoise(x, t, cond.null()))
         weight = self.weights(t, len(x))  # on the host, so that asking it never waits for the device
         if not bool(weight.any()):
-            return Guided(denoise(x, t, cond))
+            return Guided(denoise(x, t, cond), state)
         one_by_one = torch.is_grad_enabled() or not bool(weight.all())
         weight = weight.to(x.device)
         if one_by_one:
@@ -70,4 +82,5 @@ class CFG:
             if plain:
                 return Guided(null + self.scale * (conditional - null))
             delta = (self.scale - 1.0) * (conditional - null)
-        return Guided(Finish(self.rescale, self.projection)(x, t, denoise, conditional, delta, weight))
+        finish = Finish(self.rescale, self.projection)
+        return Guided(*finish(x, t, denoise, conditional, delta, weight, state))

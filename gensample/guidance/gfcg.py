@@ -44,6 +44,7 @@ from gensample.guidance.terms import (
     choose_rows,
     contrast,
     inside,
+    remembers,
 )
 
 ReferenceRule = Literal["runner_up", "top", "sampled"]
@@ -129,6 +130,8 @@ class GFCG:
         checked_interval(self.interval)
         Finish(self.rescale, self.projection)
         base = self.base
+        if remembers(self.projection):
+            raise ValueError("projection.momentum does not suit GFCG, whose reference changes; leave it at 0")
         if self.every < 1:
             raise ValueError(
                 f"every={self.every} must be at least 1 (1 asks the classifier at every evaluation)"
@@ -173,7 +176,8 @@ class GFCG:
         if not bool(weight.any()):
             return Guided(conditional, memory, info)
         finish = Finish(self.rescale, self.projection)
-        return Guided(finish(x, t, denoise, conditional, delta, weight), memory, info)
+        output, _ = finish(x, t, denoise, conditional, delta, weight)
+        return Guided(output, memory, info)
 
     def decide(self, log_p: Tensor, cond: Conditioning, t: float | Tensor = 0.0) -> Decision:
         """References and scale of every row from log-probabilities (B, K) at time ``t``.

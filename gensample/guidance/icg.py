@@ -20,7 +20,15 @@ from torch import Tensor
 from gensample.denoisers import Conditioning
 from gensample.guidance.base import Denoise, Guided
 from gensample.guidance.draws import choose_entries, row_uniforms
-from gensample.guidance.terms import Finish, Interval, Projection, checked_interval, contrast, inside
+from gensample.guidance.terms import (
+    Finish,
+    Interval,
+    Projection,
+    checked_interval,
+    contrast,
+    inside,
+    remembers,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,6 @@ class ICG:
     interval: Interval | None = None
     rescale: float = 0.0
     projection: Projection | None = None
-    has_memory = False
 
     def __post_init__(self) -> None:
         """Refuse scales that are not finite numbers, and intervals that are empty."""
@@ -46,6 +53,11 @@ class ICG:
             )
         checked_interval(self.interval)
         Finish(self.rescale, self.projection)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the projection has momentum."""
+        return remembers(self.projection)
 
     def __call__(
         self, x: Tensor, t: float | Tensor, denoise: Denoise, cond: Conditioning, state: object = None
@@ -57,11 +69,12 @@ class ICG:
         conditional = denoise(x, t, cond)
         weight = inside(t, self.interval, len(x)).double().to(x.device) * (self.scale - 1.0)
         if not bool(weight.any()):
-            return Guided(conditional)
+            return Guided(conditional, state)
         if cond.num_references == 0:
             raise ValueError("ICG needs a reference table; use reference_prompts= or bind_references")
         equal = torch.ones(len(x), cond.num_references)
         r = choose_entries(equal, row_uniforms(self.seed, len(x), t, "icg"))
         delta = contrast(x, t, denoise, conditional, cond.with_reference(r), weight)
-        guided = Finish(self.rescale, self.projection)(x, t, denoise, conditional, delta, weight)
-        return Guided(guided, None, {"reference": r})
+        finish = Finish(self.rescale, self.projection)
+        guided, memory = finish(x, t, denoise, conditional, delta, weight, state)
+        return Guided(guided, memory, {"reference": r})

@@ -4,8 +4,7 @@
 
 Shapes: B rows, ... the latent shape; conditional, delta: (B, ...); weights g: (B,) float64.
 
-Rescaling: Lin et al., arXiv 2305.08891, section 3.4.  Projection: Sadat et al. (APG), arXiv 2410.02416, without its
-momentum.
+Rescaling: Lin et al., arXiv 2305.08891, section 3.4.  Projection: Sadat et al. (APG), arXiv 2410.02416.
 """
 
 from __future__ import annotations
@@ -30,11 +29,14 @@ class Projection:
     """Adaptive projected guidance: in x0, shrink delta to norm ``max_norm``, weigh its part along x0 by ``parallel``.
 
     parallel: 1 changes nothing, 0 removes the part along the conditional x0.  max_norm: of the unweighted difference
-    conditional - reference summed over a sample, in the units of the latents; inf never shrinks.
+    conditional - reference summed over a sample, in the units of the latents; inf never shrinks.  momentum: the
+    difference of an evaluation is first replaced by difference + momentum * (what replaced the one before); the
+    paper takes about -0.5, which damps what stays the same.  Rules with momentum have memory.
     """
 
     parallel: float = 0.0
     max_norm: float = math.inf
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values that are not finite or not positive."""
@@ -42,6 +44,13 @@ class Projection:
             raise ValueError(f"parallel={self.parallel} must be finite (1 keeps the whole difference)")
         if not self.max_norm > 0:
             raise ValueError(f"max_norm={self.max_norm} must be positive (inf never shrinks)")
+        if not -1.0 < self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum} must lie between -1 and 1 (0 forgets)")
+
+
+def remembers(projection: Projection | None) -> bool:
+    """Whether a rule with this projection has memory."""
+    return projection is not None and projection.momentum != 0.0
 
 
 @dataclass(frozen=True)
@@ -68,16 +77,21 @@ class Finish:
         conditional: Tensor,
         delta: Tensor,
         weight: Tensor,
-    ) -> Tensor:
-        """The guided output (B, ...); ``weight`` (B,) is the sum of the rows' g, for the norm of Projection."""
+        memory: object = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided output (B, ...), and the memory of a projection with momentum (None without one).
+
+        ``weight`` (B,) is the sum of the rows' g, which turns delta into the difference that Projection is about.
+        """
         if self.projection is not None:
-            delta = _projected(self.projection, x, t, denoise, conditional, delta, weight)
+            delta, memory = _projected(self.projection, x, t, denoise, conditional, delta, weight, memory)
+        kept = memory if isinstance(memory, Tensor) else None
         guided = conditional + delta
         if self.rescale == 0.0:
-            return guided
+            return guided, kept
         dims = tuple(range(1, guided.ndim))
         ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
-        return guided * (self.rescale * ratio + (1.0 - self.rescale))
+        return guided * (self.rescale * ratio + (1.0 - self.rescale)), kept
 
 
 def checked_interval(interval: Interval | None) -> None:
@@ -142,16 +156,28 @@ def _projected(
     conditional: Tensor,
     delta: Tensor,
     weight: Tensor,
-) -> Tensor:
+    memory: object,
+) -> tuple[Tensor, Tensor | None]:
+    """delta after momentum, shrinking and projection; and the x0 difference to remember, (B, ...)."""
     calls = denoiser_calls(denoise, "Projection")
     kind, c = calls.denoiser.prediction_type, calls.coefficients(t)
     x0 = convert(conditional, x.to(conditional), c, kind, "x0")
-    slope = affine(c, kind, "x0")[1]  # x0 = p x + slope output, so differences of x0 are slope * delta
+    slope = np.asarray(
+        affine(c, kind, "x0")[1]
+    )  # x0 = p x + slope output: x0's differences are slope * delta
+    host = weight.double().cpu().numpy()
+    gain = per_row(np.where(slope == 0, 1.0, slope) / np.where(host == 0, 1.0, host), delta)
+    difference = delta * gain  # of x0, without its weight
+    if projection.momentum != 0.0:
+        if isinstance(memory, Tensor):
+            moved = difference + projection.momentum * memory
+            acts = (weight != 0).reshape(-1, *[1] * (x.ndim - 1)).to(x.device)
+            difference = torch.where(acts, moved, difference)
+        memory = difference
     dims = tuple(range(1, delta.ndim))
-    size = torch.as_tensor(np.abs(np.asarray(slope))).to(delta)
-    norm = delta.square().sum(dims).sqrt() * size / weight.to(delta).abs().clamp_min(1e-12)
-    shrink = (projection.max_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
-    delta = delta * per_row(shrink.double().cpu().numpy(), delta)
+    norm = difference.square().sum(dims, keepdim=True).sqrt()
+    shrunk = difference * (projection.max_norm / norm.clamp_min(1e-12)).clamp_max(1.0)
     direction = x0 / x0.square().sum(dims, keepdim=True).sqrt().clamp_min(1e-12)
-    along = (delta * direction).sum(dims, keepdim=True) * direction
-    return delta + (projection.parallel - 1.0) * along
+    along = (shrunk * direction).sum(dims, keepdim=True) * direction
+    result = (shrunk + (projection.parallel - 1.0) * along) / gain
+    return result, memory if isinstance(memory, Tensor) else None

@@ -102,7 +102,7 @@ def test_description_rebuilds_the_path(path: Interpolant) -> None:
 
 
 def test_bad_paths_name_the_argument() -> None:
-    with pytest.raises(ValueError, match=r"path='cosine'.*'gvp', 'linear', 'vp'"):
+    with pytest.raises(ValueError, match=r"path='cosine'.*'gvp', 'linear', 've', 'vp'"):
         make_interpolant("cosine")
     with pytest.raises(ValueError, match=r"beta_min.*path='linear'"):
         make_interpolant("linear", beta_min=0.1)

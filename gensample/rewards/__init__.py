@@ -1,5 +1,16 @@
 """Rewards: what search seeks and alignment learns, as functions of finished images."""
 
 from gensample.rewards.base import Reward
+from gensample.rewards.classifier import ClassLogProbability
+from gensample.rewards.combine import WeightedSum, for_prompt
+from gensample.rewards.compressibility import Compressibility
+from gensample.rewards.text_image import TextImageReward
 
-__all__ = ["Reward"]
+__all__ = [
+    "ClassLogProbability",
+    "Compressibility",
+    "Reward",
+    "TextImageReward",
+    "WeightedSum",
+    "for_prompt",
+]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 RULES = {
     "cfg": "CFG: against no class",
     "atg": "Autoguidance: against a weak network",
-    "gfcg": "GFCG: against the class it is confused with",
+    "gfcg": "GFCG: against the rival class",
     "gfcg-atg": "GFCG and autoguidance",
 }
 MOST_IMAGES = 6

@@ -130,6 +130,52 @@ def guidance() -> dict[Path, Image.Image]:
     return {IMAGES / "fashion_cfg.png": rendered(figure)}
 
 
+_RULES = {
+    "unguided": ("unguided", "#0f172a", "s"), "cfg": ("CFG", "#d97706", "o"), "icg": ("ICG", "#94a3b8", "v"),
+    "atg": ("autoguidance", "#059669", "o"), "classifier": ("classifier gradients", "#be185d", "^"),
+    "gfcg": ("GFCG", "#4338ca", "D"), "gfcg-atg": ("GFCG-ATG", "#0ea5e9", "D"),
+    "gfcg-cfg": ("CFG|GFCG", "#a855f7", "D"),
+}  # fmt: skip
+_CEILING = 0.927  # of B on real test images
+
+
+def pareto() -> dict[Path, Image.Image]:
+    """What each guidance rule reaches: FD-B and recall against accuracy, of the weak and of the shipped model."""
+    files = {"guidance_weak": "guidance_weak_cpu.txt", "guidance_shipped": "guidance_fashion_h100.txt"}
+    return {IMAGES / f"{name}.png": pareto_of(json_lines(RESULTS / file)) for name, file in files.items()}
+
+
+def pareto_of(lines: list[dict[str, Any]]) -> Image.Image:
+    """Hollow: the sweep (seed 100); filled: fresh seeds, with 95 % intervals. Degraded classifiers are left out."""
+    figure, axes = panels(2)
+    seed = 100
+    for line in lines:
+        seed = line.get("seed", seed)
+        name = line.get("setting", "").replace("cfg|gfcg", "gfcg-cfg")
+        kind = name.split(" ")[0]
+        if kind not in _RULES or "A80" in name or "A60" in name or "noisy" in name:
+            continue
+        label, colour, marker = _RULES[kind]
+        final = seed >= 200
+        for axis, key in zip(axes, ("fd_test", "recall"), strict=True):
+            bars = {}
+            if final:
+                for direction, of in (("xerr", "acc"), ("yerr", key)):
+                    low, high = line[f"{of}_ci"]
+                    bars[direction] = [[line[of] - low], [high - line[of]]]
+            fill = colour if final else "none"
+            axis.errorbar(
+                line["acc"], line[key], **bars, fmt=marker, ms=6 if final else 4, color=colour, mfc=fill, lw=1,
+                label=label,
+            )  # fmt: skip
+    for axis, key in zip(axes, ("FD-B (lower is better)", "recall"), strict=True):
+        axis.axvline(_CEILING, color=_COLOURS["real"], ls=":", lw=1)
+        axis.set(xlabel="accuracy under B (dotted: real test images)", ylabel=key)
+    shown = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+    return rendered(figure)
+
+
 def speed() -> dict[Path, Image.Image]:
     """The Fréchet step beside other tools."""
     text = (ROOT / "benchmarks/results/fid.txt").read_text()
@@ -156,6 +202,7 @@ FIGURES: dict[str, Callable[[], dict[Path, Image.Image]]] = {
     "training": training,
     "steps": steps,
     "guidance": guidance,
+    "pareto": pareto,
     "speed": speed,
 }
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Visit = Callable[..., "Visitor"]
 
 
-@pytest.mark.parametrize("rule", ["GFCG: against the class", "GFCG and autoguidance"])
+@pytest.mark.parametrize("rule", ["GFCG: against the rival", "GFCG and autoguidance"])
 def test_the_panel_shows_confidence_reference_and_scale_of_every_step(visit: Visit, rule: str) -> None:
     visitor = visit()
     visitor.open_tab("Guidance")

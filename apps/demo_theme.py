@@ -47,6 +47,14 @@ CSS = """
 .gs-table th:first-child { text-align: left; font-weight: 500; }
 .gs-table p { color: var(--body-text-color-subdued); font-size: 0.85rem; margin: 8px 0 0; max-width: 80ch; }
 
+.gs-tree, .gs-curve { display: block; width: 100%; height: auto; margin-bottom: 14px; }
+.gs-tree text, .gs-curve text { fill: var(--body-text-color-subdued); font-size: 12px; }
+.gs-edges { fill: none; stroke: var(--body-text-color-subdued); stroke-opacity: 0.3; stroke-width: 0.8; }
+.gs-nodes, .gs-curve circle { fill: var(--button-primary-background-fill); }
+.gs-best, .gs-line { fill: none; stroke: var(--button-primary-background-fill); stroke-width: 2; }
+.gs-axis { fill: none; stroke: var(--border-color-primary); }
+#best .gs-tiles { grid-template-columns: repeat(5, minmax(0, 1fr)); }
+
 #gallery .caption-label { font-size: 0.7rem; padding: 1px 6px; opacity: 0.85; }
 #gallery, #gallery .grid-wrap { max-height: none !important; height: auto !important; }
 #gallery .grid-wrap { min-height: 0; }

@@ -101,6 +101,31 @@ def test_the_trajectory_runs_from_noise_to_the_image(visit: Visit) -> None:
     assert visitor.page.locator("#strip img").count() == 12
 
 
+def test_a_search_grows_a_tree_and_shows_its_best_images(visit: Visit) -> None:
+    visitor = visit()
+    visitor.open_tab("Search")
+    visitor.set_number("Network evaluations", 400)
+    visitor.choose("Class to find", "trouser")
+    visitor.click("Search")
+    visitor.wait_status(re.compile(r"Done · \d+/400 evaluations · \d+ images"))
+    assert visitor.page.locator("#best figcaption").count() == 5
+    rewards = [float(text) for text in visitor.page.locator("#best figcaption").all_inner_texts()]
+    assert rewards == sorted(rewards, reverse=True)
+    assert visitor.page.locator("#tree svg.gs-tree circle").count() > 30
+    assert visitor.page.locator("#tree svg.gs-curve").is_visible()
+
+
+def test_a_search_can_be_stopped(visit: Visit, demo: Demo) -> None:
+    visitor = visit()
+    visitor.open_tab("Search")
+    visitor.set_number("Network evaluations", 4000)
+    visitor.click("Search")
+    visitor.wait_status(re.compile(r"^\d+/4000 evaluations"))
+    visitor.click("Stop")
+    visitor.wait_status(re.compile(r"Stopped after \d+ evaluations"))
+    demo.wait_until_idle()
+
+
 def test_two_users_at_once_are_both_served(visit: Visit) -> None:
     users = [visit(), visit()]
     for user, label in zip(users, ("bag", "sandal"), strict=True):

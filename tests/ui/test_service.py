@@ -59,6 +59,8 @@ def test_files_of_the_machine_are_refused(demo: Demo, path: str) -> None:
         ("generate", ({"a": 1}, [4], "euler", 1.0, 3, 1), "is unknown"),
         ("compare", ("dress", 2, 0, 4, "euler", 1.0, 4, "no", 1.0), "Setting B: solver 'no' is unknown"),
         ("trajectory", ("dress", 4, "euler", 1.0, 3, 30), "number of images 30 must be at most 3"),
+        ("search", ("dress", "any", "Best of N", 10**6, 3), "evaluations 1000000 must be a number from 200"),
+        ("search", ("dress", "any", "mcts", 400, 3), "method 'mcts' is unknown"),
     ],
 )
 def test_a_bad_request_is_told_why_and_the_next_one_works(

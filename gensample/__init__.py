@@ -12,6 +12,7 @@ from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 from gensample.sampling import sample, stream
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 from gensample.schedulers.multiplicative import GBMScheduler
+from gensample.search.tree_search import TreeSearch
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "GBMScheduler",
     "MultiplicativeDiffusionPipeline",
     "StochasticInterpolantScheduler",
+    "TreeSearch",
     "__version__",
     "guidance",
     "load",

@@ -33,6 +33,7 @@ class DenoiserChain(Chain):
     times: the N + 1 canonical times of the levels.
     guidance: a rule without memory; None is the plain conditional model.
     micro_batch: rows of one network call.
+    on_evaluations: called with ``evaluations`` after every network call, for progress bars; raising in it cancels.
 
     Raises ValueError for guidance that carries state from step to step, or a grid of fewer than two times.
     """
@@ -46,6 +47,7 @@ class DenoiserChain(Chain):
         guidance: Guidance | None = None,
         micro_batch: int = 64,
         initial: Callable[[Tensor], Tensor] = lambda noise: noise,
+        on_evaluations: Callable[[int], None] | None = None,
     ) -> None:
         if guidance is not None and guidance.has_memory:
             raise ValueError(
@@ -62,7 +64,7 @@ class DenoiserChain(Chain):
         self.shape = denoiser.latent_shape
         self.micro_batch = micro_batch
         self.rows_per_answer = _rows_of(guidance)
-        self._initial = initial
+        self._initial, self._on_evaluations = initial, on_evaluations
         self._before = denoiser.evaluations
         variance_type = getattr(getattr(law, "config", None), "variance_type", "")
         # DDPM's law alone reads the network's variance; DDIM's has an eta.
@@ -116,8 +118,13 @@ class DenoiserChain(Chain):
     def answer(self, x: Tensor, level: Int64, sample: Int64, *, grad: bool = False) -> Answer:
         """One guided evaluation a row, ``micro_batch`` rows a call."""
         spans = [slice(i, i + self.micro_batch) for i in range(0, len(x), self.micro_batch)]
+        parts = []
         with torch.set_grad_enabled(grad):
-            return Answer.cat([self._call(x[s], self.times[level[s]], sample[s], grad) for s in spans])
+            for s in spans:
+                parts.append(self._call(x[s], self.times[level[s]], sample[s], grad))
+                if self._on_evaluations is not None:
+                    self._on_evaluations(self.evaluations)
+        return Answer.cat(parts)
 
     def transition(self, x: Tensor, level: Int64, answer: Answer) -> Transition:
         """The law of step ``level`` of every row."""

@@ -192,7 +192,7 @@ def test_no_tab_is_wider_than_the_screen(visit: Visit, width: int) -> None:
     small(visitor, steps=2, images=20)
     visitor.click("Generate")
     visitor.wait_status("Done")
-    for tab in ("Generate", "Compare", "Trajectory"):
+    for tab in ("Generate", "Compare", "Trajectory", "Guidance", "Search"):
         visitor.open_tab(tab)
         assert visitor.page.evaluate("document.scrollingElement.scrollWidth") <= width
 

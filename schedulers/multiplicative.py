@@ -60,8 +60,8 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps, sigma, mu, t_max, log_process, log_mean, log_std, prior_mean, prior_std,
             prediction_type, network_input: see :class:`~gensample.interpolants.geometric.GeometricProcess`.
         data_shift: what pipelines add to data in [0, 1] and take off again; the scheduler itself sees positive x.
-        sampler: ``dale_langevin`` (keeps the sign), ``unconstrained``, ``ancestral``, ``ddim`` or ``heun`` (two
-            evaluations a step); see ``gensample.solvers.geometric``.
+        sampler: ``dale_langevin`` (keeps the sign), ``unconstrained``, ``ancestral``, ``exp2m`` (two-step
+            ancestral), ``ddim`` or ``heun`` (two evaluations a step); see ``gensample.solvers.geometric``.
         grid: ``uniform_t`` in the forward time, ``geometric_s`` in log noise level down to ``min_ratio``, or ``flow``,
             uniform in alpha/(alpha + beta).
         min_ratio: of ``geometric_s``: alpha/beta of the last evaluation.
@@ -69,7 +69,7 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
             t_max; fewer steps get proportionally longer ones.  None is the true reverse process.
         noise_anneal: of the same: the noise of step k of num_train_timesteps is scaled by noise_anneal^k.
         inner_steps: of the same: evaluations per level.
-        churn: of ``dale_langevin``: lambda of the marginal-preserving family; 0 is the ODE.
+        churn: lambda of the marginal-preserving family, of the stochastic samplers; 0 is the ODE.
         state: whether samples are log x or x.  In half precision, and for sigma beyond 16, keep ``log``.
         seed: of the scheduler's own noise; ``set_generator`` overrides it.
 

@@ -32,15 +32,18 @@ PAPER_SAMPLERS: dict[tuple[str, str], tuple[float, int, float]] = {
 
 
 def paper_preset(dataset: str, sampler: str = "dale_langevin") -> dict[str, Any]:
-    """The published configuration; raises ValueError for a data set or sampler that the paper does not have.
+    """The published configuration; raises ValueError for a data set or sampler that is unknown.
 
     The unconstrained rows are those of the noise start; the class-average start of the paper is not offered.
+    ``ancestral``, ``ddim`` and ``heun`` are the published process, network and prior under a sampler of ours.
     """
-    if (dataset, sampler) not in PAPER_SAMPLERS:
+    gaussian = sampler in ("ancestral", "ddim", "heun")
+    if dataset not in PAPER_PRIORS or not (gaussian or (dataset, sampler) in PAPER_SAMPLERS):
         raise ValueError(
-            f"no published setting for {(dataset, sampler)!r}; use one of {tuple(PAPER_SAMPLERS)}"
+            f"no published setting for {(dataset, sampler)!r}; use one of {tuple(PAPER_PRIORS)} and dale_langevin, "
+            "unconstrained, or a sampler of ours: ancestral, ddim, heun"
         )
-    step, inner, factor = PAPER_SAMPLERS[dataset, sampler]
+    step, inner, factor = (None, 1, 1.0) if gaussian else PAPER_SAMPLERS[dataset, sampler]
     mean, std = PAPER_PRIORS[dataset]
     return {
         "sigma": 0.8, "data_shift": 1.0, "prediction_type": "stein", "network_input": "ambient",

@@ -9,7 +9,8 @@ drift x (2 sigma^2 - mu + sigma^2 h) holds the divergence 2 sigma^2 x of the sta
 On the state u of ``gensample.interpolants.geometric`` (ve path, noise level r = alpha, e = r_i^2 - r_{i+1}^2) the
 second is u' = u + (1 + lambda^2)/2 e s + lambda a sqrt(e) z with the score s = -eps/r: Euler-Maruyama of variance
 exploding diffusion, which keeps the marginals for every lambda >= 0 (0 is the probability-flow ODE) at a = 1.
-``ancestral``, ``ddim`` and ``heun`` are ``exp`` with Diffusion("sbdm"), ``ddim`` and ``heun`` on u.
+``ancestral``, ``exp2m``, ``ddim`` and ``heun`` are the solvers ``exp`` and ``exp2m`` with Diffusion("sbdm", lambda^2),
+``ddim`` and ``heun`` on u.
 
 Shapes: B = rows, ... = latent shape; x, u, h, output, noise: (B, ...).
 """
@@ -29,10 +30,10 @@ from gensample.interpolants import Interpolant, VEInterpolant, affine, axpby
 from gensample.solvers.base import DrawNoise, Solver, SolverState, checked_times
 from gensample.solvers.diffusion import Diffusion
 from gensample.solvers.markov import AffineTable, MarkovSolver
-from gensample.solvers.multistage import HeunSolver
+from gensample.solvers.multistage import Exponential2MSolver, HeunSolver
 from gensample.transitions import GaussianTransition
 
-GeometricSampler = Literal["dale_langevin", "unconstrained", "ancestral", "ddim", "heun"]
+GeometricSampler = Literal["dale_langevin", "unconstrained", "ancestral", "exp2m", "ddim", "heun"]
 GEOMETRIC_SAMPLERS: tuple[str, ...] = get_args(GeometricSampler)
 
 # No update multiplies x by more than exp(10) or less than exp(-10), its noise aside: an untrained network can ask
@@ -222,7 +223,9 @@ def make_geometric_solver(
     log_std: float = 1.0,
     drift_increments: Sequence[float] | None = None,
 ) -> Solver:
-    """The solver called ``sampler`` on the state u; the options after ``times`` are of the first two samplers.
+    """The solver called ``sampler`` on the state u.
+
+    The options after ``times`` are of the first two samplers; ``churn`` is lambda of every stochastic one.
 
     Raises ValueError for an unknown name, or options that the sampler does not have.
     """
@@ -242,15 +245,19 @@ def make_geometric_solver(
         )  # fmt: skip
     if sampler not in GEOMETRIC_SAMPLERS:
         raise ValueError(f"sampler={sampler!r} is unknown; use one of {GEOMETRIC_SAMPLERS}")
-    if tuned or churn != 1.0:
+    if tuned or (churn != 1.0 and sampler in ("ddim", "heun")):
         raise ValueError(
-            f"step_size, noise_anneal, inner_steps and churn belong to dale_langevin and unconstrained, not {sampler!r}"
+            "step_size, noise_anneal and inner_steps belong to dale_langevin and unconstrained, churn to stochastic "
+            f"samplers; sampler={sampler!r} has none of what was given"
         )
     if sampler == "heun":
         return HeunSolver(**common)
-    if sampler == "ancestral":
-        return MarkovSolver("exp", **common, diffusion=Diffusion("sbdm", 1.0))
-    return MarkovSolver("ddim", **common)
+    if sampler == "ddim":
+        return MarkovSolver("ddim", **common)
+    diffusion = Diffusion("sbdm", churn**2)
+    if sampler == "exp2m":
+        return Exponential2MSolver(**common, diffusion=diffusion)
+    return MarkovSolver("exp", **common, diffusion=diffusion)
 
 
 def _counted(state: SolverState, found: Tensor) -> SolverState:

@@ -5,9 +5,11 @@ from gensample.training.checkpoint import Checkpoint, CheckpointError, load_chec
 from gensample.training.config import ExportConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from gensample.training.data import DataError, FashionMNIST, ImageData, LabelledImages
 from gensample.training.ema import ExponentialAverage
+from gensample.training.exponentiated import ExponentiatedGradient
 from gensample.training.folders import ImageFolder, NpzImages
 from gensample.training.loop import Trainer, TrainingDiverged, TrainingResult
 from gensample.training.losses import ClassificationLoss, InterpolantLoss, LossOutput, LossStep
+from gensample.training.multiplicative import LogSpaceLoss, MultiplicativeScoreLoss
 from gensample.training.validation import Callback, Validation
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "DataError",
     "Draws",
     "ExponentialAverage",
+    "ExponentiatedGradient",
     "ExportConfig",
     "FashionMNIST",
     "FixedBatches",
@@ -26,8 +29,10 @@ __all__ = [
     "ImageFolder",
     "InterpolantLoss",
     "LabelledImages",
+    "LogSpaceLoss",
     "LossOutput",
     "LossStep",
+    "MultiplicativeScoreLoss",
     "NpzImages",
     "OptimizerConfig",
     "ScheduleConfig",

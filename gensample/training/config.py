@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
+Algorithm = Literal["adamw", "exponentiated_gradient"]
 Decay = Literal["constant", "cosine", "linear", "trapezoid"]
 
 
@@ -19,8 +20,12 @@ class OptimizerConfig:
     """AdamW (arXiv 1711.05101). ``learning_rate`` is the peak; parameter groups may scale it.
 
     ``weight_decay`` acts on tensors of two or more dimensions only (not on biases and gains).
+
+    ``algorithm="exponentiated_gradient"`` multiplies weights instead, so that none changes its sign; then ``betas[0]``
+    is its momentum, ``betas[1]`` and ``eps`` are not read, and learning rates are larger (0.01 to 1).
     """
 
+    algorithm: Algorithm = "adamw"
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -28,6 +33,10 @@ class OptimizerConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self) -> None:
+        _require(
+            self.algorithm in get_args(Algorithm),
+            f"algorithm={self.algorithm!r} is unknown; use one of {get_args(Algorithm)}",
+        )
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
         _require(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must lie in [0, 1)")
         _require(self.eps > 0, f"eps={self.eps} must be positive")

@@ -1,4 +1,4 @@
-"""AdamW over parameter groups, and its state as named tensors."""
+"""The optimiser over parameter groups, and its state as named tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gensample.training.checkpoint import CheckpointError
 from gensample.training.config import OptimizerConfig
+from gensample.training.exponentiated import ExponentiatedGradient
 
 ParameterGroups = Callable[[nn.Module, OptimizerConfig], list[dict[str, Any]]]
 
@@ -26,11 +27,13 @@ def decayed_and_plain_groups(model: nn.Module, config: OptimizerConfig) -> list[
 
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, parameter_groups: ParameterGroups
-) -> torch.optim.AdamW:
-    """AdamW over the groups; each keeps the rate it starts with as ``peak_lr``, which the schedule multiplies."""
+) -> torch.optim.Optimizer:
+    """The optimiser over the groups; each keeps its first rate as ``peak_lr``, which the schedule multiplies."""
     groups = parameter_groups(model, config)
     for group in groups:
         group["peak_lr"] = group.setdefault("lr", config.learning_rate)
+    if config.algorithm == "exponentiated_gradient":
+        return ExponentiatedGradient(groups, lr=config.learning_rate, momentum=config.betas[0])
     devices = {p.device.type for group in groups for p in group["params"]}
     fused = devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)

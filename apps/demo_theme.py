@@ -70,7 +70,7 @@ button:focus-visible, input:focus-visible, [role="tab"]:focus-visible {
 @media (max-width: 640px) {
   .gradio-container main, .gradio-container .main.fillable { padding: 10px 8px !important; }
   .gs-head h1 { font-size: 1.3rem; }
-  .tab-container button { padding: 0 6px !important; font-size: 0.8rem !important; }  /* five tabs, no menu for the rest */
+  .tab-container button { padding: 0 6px !important; font-size: 0.8rem !important; }  /* five fit */
   .gs-tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   #gallery .caption-label { display: none; }
   #gallery .grid-container { gap: 6px; }

@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=Path, metavar="RUN")
     parser.add_argument("--data", help="folder of the Fashion-MNIST files (default: as gensample train)")
     parser.add_argument("--figures", type=Path, help="JSON: {asset name: {figure: value}}")
-    parser.add_argument("--curves", type=Path, default=Path(__file__).parent / "results/fashion_training.json")
+    parser.add_argument(
+        "--curves", type=Path, default=Path(__file__).parent / "results/fashion_training.json"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "gensample" / "assets")
     options = parser.parse_args(argv)
     try:

@@ -14,6 +14,7 @@ COMMANDS = {
     "fid": ("gensample.apps.fid", "measure images against a reference: FID, KID, precision and recall"),
     "quickstart": ("gensample.apps.quickstart", "draw clothes with the shipped model and score them"),
     "sample": ("gensample.apps.sample", "draw images of given classes"),
+    "search": ("gensample.apps.search", "search for images of higher reward"),
     "stats": ("gensample.apps.stats", "save reference statistics for fid"),
     "train": ("gensample.apps.train", "train a model by a recipe"),
 }

@@ -43,7 +43,7 @@ def guidance_rule(ns: Any, pipe: Any, device: str) -> Guidance:
         return CFG(ns.scale)
     base = None
     if "atg" in ns.guidance:
-        base = Autoguidance(ns.scale, weak=_network(ns.weak or "fashion_weak", device, "--weak"))
+        base = Autoguidance(ns.scale, weak=load_network(ns.weak or "fashion_weak", device, "--weak"))
     if ns.guidance == "atg":
         assert base is not None
         return base
@@ -58,7 +58,7 @@ def _posterior(name: str, pipe: Any, device: str) -> ClassifierPosterior:
     from gensample.guidance import ClassifierPosterior, check_label_map
     from gensample.sampling import sample
 
-    classifier = _network(name, device, "--classifier")
+    classifier = load_network(name, device, "--classifier")
     labels = torch.arange(pipe.transformer.config.num_classes).repeat_interleave(2)
     images = sample(
         pipe, class_labels=labels, num_inference_steps=6, generator=0, output_type="pt", progress=False
@@ -70,7 +70,8 @@ def _posterior(name: str, pipe: Any, device: str) -> ClassifierPosterior:
     return ClassifierPosterior(classifier, micro_batch=64)
 
 
-def _network(name: str, device: str, option: str) -> Any:
+def load_network(name: str, device: str, option: str) -> Any:
+    """The network called ``name`` in float32 on ``device``, frozen; ValueError that names ``option`` for a pipeline."""
     import gensample
 
     try:

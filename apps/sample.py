@@ -125,12 +125,13 @@ def _options(ns: Any) -> DrawOptions:
         batch_size=ns.batch_size,
         seed=ns.seed,
         solver=ns.solver,
-        diffusion=None if ns.diffusion is None else _diffusion(ns.diffusion),
+        diffusion=None if ns.diffusion is None else diffusion_of(ns.diffusion),
         quiet=ns.quiet,
     )
 
 
-def _diffusion(text: str) -> Diffusion:
+def diffusion_of(text: str) -> Diffusion:
+    """The diffusion written as KIND or KIND:SCALE."""
     from gensample.solvers import Diffusion
 
     kind, colon, scale = text.partition(":")

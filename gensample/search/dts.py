@@ -179,7 +179,9 @@ class DTSStar(TreeMethod):
         )  # fmt: skip
 
 
-def grow_forest(method: TreeMethod, problems: Sequence[SearchProblem], budget: int) -> Iterator[list[TreeRun]]:
+def grow_forest(
+    method: TreeMethod, problems: Sequence[SearchProblem], budget: int
+) -> Iterator[list[TreeRun]]:
     """One tree a problem, such as a prompt, all on one chain: their rollouts share network calls.
 
     Each tree grows as it would alone, ``method.rows`` tickets at a time, so with one there is no staleness however

@@ -87,7 +87,8 @@ class Tree:
             node = arena.child.item(arena.offset.item(node) + self._choose(node, float(uniforms[depth])))
             depth += 1
             nodes.append(node)
-        arena.visits[nodes[:-1]] += 1
+        for passed in nodes[:-1]:
+            arena.visits[passed] += 1
         self.tickets += 1
         self.nulls += 1
         return None
@@ -145,17 +146,16 @@ class Tree:
         parent = ticket.nodes[-1]
         arena.pending[parent] -= 1
         ordinal = ticket.ordinal
-        if self.rules.merge and not trail[-1].is_floating_point():
+        is_discrete = not trail[-1].is_floating_point()
+        if is_discrete and self.rules.merge:
             parent, ordinal, trail = self._merged(parent, ordinal, trail)
         self._learn(reward)
         if not trail:
             return
         first = arena.add_chain(parent, ordinal, log_weight, reward)
-        for offset, x in enumerate(trail):
-            node = first + offset
-            arena.row[node] = self.latents.put(int(arena.depth[node]), x)
-            if not x.is_floating_point():
-                arena.digest[node] = digest(x)
+        arena.row[first : arena.size] = self.latents.put(trail)
+        if is_discrete:
+            arena.digest[first : arena.size] = [digest(x) for x in trail]
 
     def leaf_nodes(self) -> Int64:
         """The nodes of the finished samples."""
@@ -197,7 +197,8 @@ class Tree:
     def _expand(self, nodes: list[int]) -> Ticket:
         arena, parent = self.arena, nodes[-1]
         ticket = Ticket(self.tickets, tuple(nodes), arena.issued.item(parent))
-        arena.visits[nodes] += 1
+        for passed in nodes:
+            arena.visits[passed] += 1
         arena.pending[parent] += 1
         arena.issued[parent] += 1
         self.tickets += 1

@@ -1,4 +1,4 @@
-"""Where a tree should branch: the first level at which half of the final variance of exp(lambda r) is decided.
+"""Where a tree should branch: the first level at which most of the variance of exp(lambda r) is decided.
 
 With V the soft value of the state at a level, the profile CV^2(level) = Var(exp(lambda V)) / E^2 rises from about 0 at
 the noise to that of exp(lambda r) at the data.  Branching where it is still low spends evaluations on states that are
@@ -26,7 +26,7 @@ from gensample.search.problem import SearchProblem
 from gensample.trees import Chain
 from gensample.trees.frontier import Frontier, Row
 
-RATIO = 0.5  # of the final variance, at the first branch
+RATIO = 0.7  # of the final variance, at the first branch: half brings more bias than it saves variance
 LEVELS = 4  # branch levels in all
 CANDIDATES = 20  # the chain is cut into as many parts
 SHARE = 0.1  # of the budget, for the pilot's rollouts; as much again for its continuations at most

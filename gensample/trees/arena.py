@@ -45,6 +45,8 @@ NODE_FIELDS: dict[str, type] = {
     "log_weight": np.float64, "log_rho": np.float64, "reward": np.float64,
     "shift": np.float64, "total": np.float64, "peak": np.float64, "digest": np.int64,
 }  # fmt: skip
+#: What a new node starts with where that is 1: it is drawn and visited once, and has one child (but a terminal).
+ONES = frozenset({"visits", "children", "issued", "multiplicity", "mass", "room", "total", "peak", "choice"})
 POOL_FIELDS: dict[str, type] = {"child": np.int32, "choice": np.float64}
 
 
@@ -90,11 +92,11 @@ class Arena:
             raise ValueError(f"depth={depth} must be in 1..255")
         self.max_depth, self.selection, self.backup = depth, selection, backup
         self.size, self.used = 1, 0
-        for name, dtype in NODE_FIELDS.items():
-            setattr(self, name, np.zeros(max(capacity, 2), dtype=dtype))
-        for name, dtype in POOL_FIELDS.items():
-            setattr(self, name, np.zeros(max(capacity, 2), dtype=dtype))
-        self.parent[0], self.visits[0], self.multiplicity[0] = -1, 1, 1
+        for name, dtype in (NODE_FIELDS | POOL_FIELDS).items():
+            setattr(self, name, _blank(name, max(capacity, 2), np.dtype(dtype)))
+        self.parent[0] = -1
+        self.children[0] = self.issued[0] = self.mass[0] = self.room[0] = 0
+        self._counting = np.arange(depth + 1, dtype=np.int32)
 
     @property
     def nbytes(self) -> int:
@@ -129,14 +131,14 @@ class Arena:
         top = int(self.depth[parent])
         length = self.max_depth - top
         i, j = self.size, self.size + length
-        self._make_room(j, self.used + length - 1)
+        if j > len(self.parent) or self.used + length > len(self.child):
+            self._make_room(j, self.used + length)
         self.size = j
         self.parent[i], self.ordinal[i] = parent, ordinal
-        self.parent[i + 1 : j] = np.arange(i, j - 1)
-        self.depth[i:j] = np.arange(top + 1, self.max_depth + 1)
-        self.visits[i:j] = 1
-        self.multiplicity[i:j] = 1
+        self.parent[i + 1 : j] = self._counting[: length - 1] + i
+        self.depth[i:j] = self._counting[top + 1 :]
         self.reward[j - 1] = reward
+        self.children[j - 1] = self.issued[j - 1] = self.mass[j - 1] = self.room[j - 1] = 0
         if log_rho is None:
             self.log_weight[i:j] = log_weight
         else:
@@ -254,14 +256,14 @@ class Arena:
 
     def _link(self, first: int, last: int) -> None:
         """Blocks of one child each for nodes first..last - 1, whose children are the nodes that follow them."""
-        length = last - first
-        self.offset[first:last] = np.arange(self.used, self.used + length)
-        self.child[self.used : self.used + length] = np.arange(first + 1, last + 1)
-        self.choice[self.used : self.used + length] = 1.0
-        self.used += length
-        for name in ("room", "children", "mass", "issued", "total", "peak"):
-            getattr(self, name)[first:last] = 1
-        self.shift[first:last] = self.log_weight[first + 1 : last + 1] + self.log_rho[first + 1 : last + 1]
+        length, used = last - first, self.used
+        if not length:
+            return
+        self.offset[first:last] = self._counting[:length] + used
+        self.child[used : used + length] = self._counting[1 : length + 1] + first
+        self.used = used + length
+        self.shift[first:last] = self.log_weight[first + 1 : last + 1]
+        self.shift[first:last] += self.log_rho[first + 1 : last + 1]
 
     def _move_block(self, node: int, count: int) -> None:
         """Give a node's children a block of twice the room at the end of the pools."""
@@ -281,6 +283,11 @@ class Arena:
                 continue
             for name in fields:
                 old: NDArray[Any] = getattr(self, name)
-                grown = np.zeros(max(needed, 2 * have), dtype=old.dtype)
+                grown = _blank(name, max(needed, 2 * have), old.dtype)
                 grown[:have] = old
                 setattr(self, name, grown)
+
+
+def _blank(name: str, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of what new nodes start with."""
+    return np.ones(length, dtype=dtype) if name in ONES else np.zeros(length, dtype=dtype)

@@ -5,7 +5,7 @@ Shapes: ... = latent shape; k = rows taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,16 +39,22 @@ class LatentSlabs:
         """Bytes of the stored states, spare room excluded."""
         return sum(s.numel() * s.element_size() for s in self._filled().values())
 
-    def put(self, depth: int, x: Tensor) -> int:
-        """Store one state (...) of a depth; returns its row.  Rows are written in batches."""
-        self._native = (x.dtype, x.device)
-        queue = self._queues[depth - 1]
-        queue.append(x)
-        row = self.used[depth - 1]
-        self.used[depth - 1] = row + 1
-        if len(queue) == QUEUE:
-            self._flush(depth)
-        return row
+    def put(self, states: Sequence[Tensor]) -> list[int]:
+        """Store one state (...) of each of the last depths, the last being a terminal's; returns their rows.
+
+        Rows are written in batches.
+        """
+        first = self.depth - len(states)
+        rows = self.used[first:]
+        for place, x in enumerate(states, first):
+            self.used[place] += 1
+            queue = self._queues[place]
+            queue.append(x)
+            if len(queue) == QUEUE:
+                self._flush(place + 1)
+        if self._native is None:
+            self._native = (states[-1].dtype, states[-1].device)
+        return rows
 
     def take(self, depth: int, rows: NDArray[np.integer[Any]]) -> Tensor:
         """The states (k, ...) of some rows of one depth, in the chain's own type and on its device."""

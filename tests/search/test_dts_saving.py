@@ -105,7 +105,9 @@ def test_a_save_in_the_middle_goes_on_bitwise(tmp_path: Path, method: DTS) -> No
         ({"power": 1.0}, {}, "power"),
     ],
 )
-def test_a_foreign_tree_is_refused_by_the_field(tmp_path: Path, other: dict, options: dict, field: str) -> None:
+def test_a_foreign_tree_is_refused_by_the_field(
+    tmp_path: Path, other: dict, options: dict, field: str
+) -> None:
     path = tmp_path / "tree.safetensors"
     run = METHODS[0].plant(problem(), 400)
     run.grow_to(400, save_to=path)

@@ -132,14 +132,14 @@ def test_slabs_keep_types_apart() -> None:
     slabs = LatentSlabs(2, dtype="float16")
     x = torch.linspace(-3, 3, 200).reshape(100, 2)
     for row in x:
-        assert slabs.put(1, row) == slabs.put(2, row)
+        assert len(set(slabs.put([row, row]))) == 1
     half, whole = slabs.take(1, np.arange(100)), slabs.take(2, np.arange(100))
     assert half.dtype == torch.float32
     assert torch.equal(half, x.half().float())
     assert torch.equal(whole, x)  # terminals are the result
     assert slabs.nbytes == 100 * 2 * (2 + 4)
     tokens = LatentSlabs(1, dtype="float16")
-    tokens.put(1, torch.tensor([70_000, 3]))
+    assert tokens.put([torch.tensor([70_000, 3])]) == [0]
     assert tokens.take(1, np.array([0])).tolist() == [[70_000, 3]]
 
 

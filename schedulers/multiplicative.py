@@ -81,6 +81,11 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0  # does not apply: start from sample_prior
 
+    _state: SolverState | None
+    _kept: KeptLatents
+    _finite: FiniteGuard
+    clamped: int
+
     @register_to_config
     def __init__(
         self,
@@ -276,7 +281,7 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
         return torch.from_numpy(np.asarray(self.process.timestep(times))).float()
 
     def _reset(self) -> None:
-        self._state: SolverState | None = None
+        self._state = None
         self._kept, self._finite = KeptLatents(), FiniteGuard()
         self.clamped = 0
 

@@ -99,7 +99,7 @@ class GeometricProcess:
         if self.log_process == "vp":
             return VPInterpolant()
         s_max = self.sigma * math.sqrt(self.t_max)
-        mean = 0.0 if self.prior_mean is None else self.prior_mean - self.drift(0.0) - self.log_mean
+        mean = 0.0 if self.prior_mean is None else self.prior_mean - float(self.drift(0.0)) - self.log_mean
         std = math.hypot(s_max, self.log_std) if self.prior_std is None else self.prior_std
         return VEInterpolant(s_max / self.log_std, mean / self.log_std, std / self.log_std)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -229,7 +229,7 @@ def make_geometric_solver(
 
     Raises ValueError for an unknown name, or options that the sampler does not have.
     """
-    common = {"path": path, "prediction_type": prediction_type, "times": times}
+    common: dict[str, Any] = {"path": path, "prediction_type": prediction_type, "times": times}
     tuned = not (increments is noise_scales is None and inner_steps == 1)
     if sampler == "dale_langevin":
         return DaleLangevinSolver(

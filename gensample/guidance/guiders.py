@@ -159,6 +159,10 @@ class RuleGuider(BaseGuidance):
         }
         cond = {name: first for name, (first, _) in fields.items()}
         null = {name: second for name, (_, second) in fields.items() if isinstance(second, Tensor)}
+        if not cond:
+            raise ValueError(
+                "this pipeline's denoise block names no conditioning field, so there is nothing to guide by"
+            )
         if unknown := sorted(set(self._references) - set(cond)):
             raise ValueError(f"references {unknown} are no fields of this pipeline; it has {sorted(cond)}")
         nets = {"weak": call.network(cond, module=self._weak)} if self._weak is not None else {}

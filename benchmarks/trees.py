@@ -4,8 +4,8 @@
 
 1. Rollouts a second on the shipped DiT (5.5 M parameters, 16 steps of ``exp``): a plain batched loop against DTS of
    as many denoiser evaluations, batch 16 against 1, continuous against lockstep batching.
-2. Bookkeeping: microseconds an iteration of selection, insertion and backup, rewards given, at 10^3 and 10^4 iterations
-   of (2, 0.8) over five branch levels, beside a plain tree of Python objects that recomputes each mean over all children.
+2. Bookkeeping: microseconds an iteration of selection, insertion and backup, rewards given, at 10^3 to 10^4
+   iterations of (2, 0.8) over five depths, beside Python objects that recompute each mean over all children.
 3. Memory: bytes of the arena and of the states, half precision at branch levels against every step in float32.
 4. Draws a second: the leaf identity against walking down.
 

@@ -73,22 +73,27 @@ class SearchProblem:
         return philox_generator(self.seed, self.sample, path, purpose)
 
     @torch.no_grad()
-    def score(self, x: Tensor) -> Float64:
+    def score(self, x: Tensor, samples: Int64 | None = None) -> Float64:
         """Rewards (B,) float64 of clean states (B, ...), decoded and scored ``micro_batch`` at a time.
+
+        samples: the rows' prompts (B,), where they are not all this problem's (a forest's trees score together).
 
         Raises ValueError for a reward of another shape, FloatingPointError naming the row for one that is not finite.
         """
         spans = (slice(i, i + self.micro_batch) for i in range(0, len(x), self.micro_batch))
-        parts = [self.reward_of(self.chain.decode(x[s])).detach().double().cpu().numpy() for s in spans]
+        samples = self.samples(len(x)) if samples is None else samples
+        answers = (self.reward_of(self.chain.decode(x[s]), samples[s]) for s in spans)
+        parts = [answer.detach().double().cpu().numpy() for answer in answers]
         values = np.concatenate(parts) if parts else np.empty(0)
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise FloatingPointError(f"the reward of row {row} is {values[row]}, which is not finite")
         return values
 
-    def reward_of(self, images: Tensor) -> Tensor:
+    def reward_of(self, images: Tensor, samples: Int64 | None = None) -> Tensor:
         """The reward's answer (B,) to images (B, ...), checked for its shape and counted; keeps any graph."""
-        answer = self.reward(images, self.chain.conditioning(self.samples(len(images))))
+        samples = self.samples(len(images)) if samples is None else samples
+        answer = self.reward(images, self.chain.conditioning(samples))
         rewards = torch.as_tensor(answer)
         if tuple(rewards.shape) != (len(images),):
             raise ValueError(

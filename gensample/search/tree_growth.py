@@ -7,14 +7,12 @@ are committed in ticket order.  Either way the trees depend on the number of pla
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gensample.interpolants import Float64
 from gensample.search.tree import Ticket, Tree
@@ -117,10 +115,16 @@ class Growth:
             self.trees[row.owner].commit(ticket, row.trail, float(reward))
 
     def _rewards(self, rows: list[Row]) -> Float64:
-        """Rewards (len(rows),) of finished rows, one call a tree."""
+        """Rewards (len(rows),) of finished rows, one call a reward: trees that share one are scored together."""
+        problems = [self.trees[row.owner].problem for row in rows]
         rewards = np.empty(len(rows))
-        for owner in Counter(r.owner for r in rows):
-            places = [i for i, r in enumerate(rows) if r.owner == owner]
-            x: Tensor = torch.stack([rows[i].trail[-1] for i in places])
-            rewards[places] = self.trees[owner].problem.score(x)
+        for reward in {id(p.reward): p.reward for p in problems}.values():
+            places = [i for i, p in enumerate(problems) if p.reward is reward]
+            x = torch.stack([rows[i].trail[-1] for i in places])
+            samples = np.array([rows[i].sample for i in places], dtype=np.int64)
+            lead = problems[places[0]]
+            rewards[places] = lead.score(x, samples)
+            lead.reward_evaluations -= len(places)
+            for i in places:
+                problems[i].reward_evaluations += 1
         return rewards

@@ -257,9 +257,11 @@ def figure(record: Row, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"DTS": "#4338ca", "DTS paper": "#818cf8", "DTS deep": "#1e1b4b", "DTS*": "#0f766e", "SMC": "#d97706", "FK max": "#fbbf24",
-               "SVDD": "#dc2626", "SVDD greedy": "#dc2626", "TDS": "#059669", "DPS": "#84cc16", "zero-order": "#a855f7",
-               "paths": "#ec4899"}  # fmt: skip
+    colours = {
+        "DTS": "#4338ca", "DTS paper": "#818cf8", "DTS deep": "#1e1b4b", "DTS*": "#0f766e", "SMC": "#d97706",
+        "FK max": "#fbbf24", "SVDD": "#dc2626", "SVDD greedy": "#dc2626", "TDS": "#059669", "DPS": "#84cc16",
+        "zero-order": "#a855f7", "paths": "#ec4899",
+    }  # fmt: skip
     canvas, axes = pyplot.subplots(1, 5, figsize=(17, 3.6), layout="constrained")
     for axis, target in zip(axes, record["references"], strict=False):
         rows = [r for r in record["rows"] if r["target"] == target]

@@ -2,7 +2,7 @@
 
 With log-weights log W and potentials whose logarithm is gamma v - u, the exponent is the largest gamma in [low, 1] at
 which ESS(log W + gamma v - u) still reaches the wanted share of the particles.  The exponent depends on all particles,
-so the estimate of Z keeps a bias of order 1/K (consistent: Beskos et al., arXiv 1601.07155).
+so the estimate of Z keeps a bias of order 1/K (consistent: Beskos et al., arXiv 1306.6462).
 
 Shapes: K = particles; log_weights, values, taken: (K,) float64.
 """

@@ -148,9 +148,11 @@ def _sliced_w1(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(np.sort(a @ directions, 0) - np.sort(b @ directions, 0)).mean())
 
 
-def _train_and_sample(folder: Path, loss: Any, scheduler: GBMScheduler, model: nn.Module) -> np.ndarray:
+def _train_and_sample(
+    folder: Path, loss: Any, scheduler: GBMScheduler, model: nn.Module, *, steps: int
+) -> np.ndarray:
     trainer = tiny_trainer(
-        folder, steps=700, loss=loss, model=model, data=_three_modes(20_000, 0), batch_size=256,
+        folder, steps=steps, loss=loss, model=model, data=_three_modes(20_000, 0), batch_size=256,
         optimizer=OptimizerConfig(learning_rate=3e-3), schedule=ScheduleConfig(decay="linear", warmup_steps=20),
         log_every=1000, evaluate_every=1000, checkpoint_every=1000, ema_decays=[],
     )  # fmt: skip
@@ -174,11 +176,19 @@ def _train_and_sample(folder: Path, loss: Any, scheduler: GBMScheduler, model: n
 def test_a_tiny_run_learns_three_modes_and_the_published_preset_stays_positive(tmp_path: Path) -> None:
     real = _three_modes(4000, 5).images.numpy().reshape(-1, 2) / 255 + 1
     ours = _train_and_sample(
-        tmp_path / "ours", LogSpaceLoss(), GBMScheduler.recommended(sampler="ancestral"), _PointNet()
+        tmp_path / "ours",
+        LogSpaceLoss(),
+        GBMScheduler.recommended(sampler="ancestral"),
+        _PointNet(),
+        steps=600,
     )
     assert _sliced_w1(ours, real) < 0.03
     paper = _train_and_sample(
-        tmp_path / "paper", MultiplicativeScoreLoss(), GBMScheduler.paper("fashion-mnist"), _PointNet()
+        tmp_path / "paper",
+        MultiplicativeScoreLoss(),
+        GBMScheduler.paper("fashion-mnist"),
+        _PointNet(),
+        steps=60,
     )
     assert np.isfinite(paper).all()
     assert (paper > 0).all()

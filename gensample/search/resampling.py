@@ -1,7 +1,8 @@
 """Weights in log space, and the resampling schemes that turn them into copies.
 
-Every scheme is unbiased (particle k is copied n W_k times on average) and they differ in variance: systematic <=
-stratified <= multinomial; residual resampling copies floor(n W_k) times for certain and draws the rest.
+Every scheme is unbiased: particle k is copied n W_k times on average.  Stratified and residual resampling never vary
+more than multinomial; systematic usually varies least, without a guarantee.  Residual copies floor(n W_k) times for
+certain and draws the rest.
 (Douc, Cappe, Moulines, "Comparison of resampling schemes for particle filtering", ISPA 2005.)
 
 Shapes: K = particles; log_weights: (K,) float64, up to a constant; ancestors: (n,) int64.

@@ -28,15 +28,14 @@ def test_copies_are_unbiased(scheme: Any) -> None:
         assert (counts <= np.ceil(7 * WEIGHTS)).all()
 
 
-def test_systematic_resampling_varies_least() -> None:
+def test_multinomial_resampling_varies_most() -> None:
     log_weights = np.log(np.array([0.1, 0.3, 0.25, 0.35]))
     spread = {}
     for scheme in get_args(Scheme):
         rng = np.random.Generator(np.random.Philox(key=2))
         draws = [np.bincount(resample(log_weights, 10, scheme, rng), minlength=4) for _ in range(1500)]
         spread[scheme] = float(np.var(draws, axis=0).sum())
-    assert spread["systematic"] <= spread["stratified"] < spread["multinomial"]
-    assert spread["residual"] < spread["multinomial"]
+    assert max(spread["systematic"], spread["stratified"], spread["residual"]) < 0.7 * spread["multinomial"]
 
 
 def test_weights_in_log_space_do_not_overflow() -> None:

@@ -57,12 +57,12 @@ def settings() -> dict[str, tuple[str, Scheduler, int]]:
         "paper network, ddim geometric, class-average start": (
             "gbm_paper", lambda: paper("fashion-mnist", "ddim", grid="geometric_s", min_ratio=0.03), 1,
         ),
-        "ours ddim flow": ("gbm", lambda: ours(), 1),
+        "ours ddim flow": ("gbm", lambda: ours(sampler="ddim"), 1),
         "ours ancestral flow": ("gbm", lambda: ours(sampler="ancestral"), 1),
         "ours exp2m flow": ("gbm", lambda: ours(sampler="exp2m"), 1),
         "ours exp2m 0.7 flow": ("gbm", lambda: ours(sampler="exp2m", churn=0.7), 1),
         "ours heun flow": ("gbm", lambda: ours(sampler="heun"), 2),
-        "ours ddim geometric": ("gbm", lambda: ours(grid="geometric_s", min_ratio=0.03), 1),
+        "ours ddim geometric": ("gbm", lambda: ours(sampler="ddim", grid="geometric_s", min_ratio=0.03), 1),
         "ours dale_langevin flow": ("gbm", lambda: ours(sampler="dale_langevin"), 1),
     }  # fmt: skip
 

@@ -61,5 +61,5 @@ def recommended_preset(*, data_shift: float = 1.0) -> dict[str, Any]:
     low, high = math.log(data_shift), math.log1p(data_shift)
     return {
         "sigma": 16.0, "data_shift": data_shift, "log_mean": 0.5 * (low + high), "log_std": 0.5 * (high - low),
-        "prediction_type": "log_flow", "network_input": "log", "sampler": "ddim", "grid": "flow",
+        "prediction_type": "log_flow", "network_input": "log", "sampler": "ancestral", "grid": "flow",
     }  # fmt: skip

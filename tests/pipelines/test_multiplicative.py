@@ -26,8 +26,8 @@ from tests.tiny_pipelines import quiet
 LABELS = [0, "bag", 3, 1, 2, 0]
 SCHEDULERS = {
     "paper": lambda: GBMScheduler.paper("fashion-mnist"),
-    "ddim": GBMScheduler.recommended,
-    "ancestral": lambda: GBMScheduler.recommended(sampler="ancestral"),
+    "ddim": lambda: GBMScheduler.recommended(sampler="ddim"),
+    "ancestral": GBMScheduler.recommended,
     "heun": lambda: GBMScheduler.recommended(sampler="heun", grid="geometric_s"),
     "vp": lambda: GBMScheduler(
         log_process="vp", sampler="ancestral", grid="flow", log_mean=0.35, log_std=0.35

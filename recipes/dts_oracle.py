@@ -337,6 +337,17 @@ PARTS = {"T1": t1, "T2": t2, "T3": t3, "T4": t4, "T5": t5, "T6": t6, "T7": t7, "
          "T11": t11, "T12": t12, "HD": hd}  # fmt: skip
 
 
+def report(record: dict[str, Any]) -> str:
+    """All parts done so far, as text."""
+    head = [
+        "# recipes/dts_oracle.py, 2-core AMD EPYC (shared), CPU, one thread. See its module text for the columns.",
+        "# Not run: " + (", ".join(name for name in PARTS if name not in record) or "nothing"),
+    ]
+    return (
+        "\n".join([*head, *(line for k in PARTS if k in record for line in ("", *record[k]["text"]))]) + "\n"
+    )
+
+
 def main() -> None:
     """Run the parts, keeping those of earlier runs."""
     parser = argparse.ArgumentParser(
@@ -357,6 +368,7 @@ def main() -> None:
             json.dumps({k: record[k] for k in PARTS if k in record}, indent=1, default=float) + "\n"
         )
         part.replace(args.out)
+        args.out.with_suffix(".txt").write_text(report(record))
         print("\n".join(text), flush=True)
 
 

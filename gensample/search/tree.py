@@ -13,6 +13,7 @@ Shapes: n = leaves, in the order of their nodes; ... = latent shape.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -246,8 +247,11 @@ class Tree:
 
 
 def digest(x: Tensor) -> int:
-    """A 63-bit hash of an integer state, equal for equal states."""
+    """A 62-bit hash of an integer state, equal for equal states."""
     flat = x.reshape(-1).cpu().to(torch.int64).numpy()
-    factors = np.random.Generator(np.random.Philox(key=len(flat))).integers(1, 2**62, len(flat)) | 1
-    with np.errstate(over="ignore"):
-        return int(((flat + 1) * factors).sum() & np.int64(2**62 - 1))
+    return int(((flat + 1) * _factors(len(flat))).sum() & np.int64(2**62 - 1))  # wraps around
+
+
+@lru_cache(maxsize=8)
+def _factors(length: int) -> Int64:
+    return np.random.Generator(np.random.Philox(key=length)).integers(1, 2**62, length) | 1

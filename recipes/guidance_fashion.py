@@ -54,7 +54,7 @@ from gensample.metrics import FeatureStatistics, frechet_distance
 
 # Standard deviation of the input noise that leaves A with this accuracy on the 5 000 validation images (--calibrate).
 NOISES = {"A80": 0.1, "A60": 0.171875}  # measured: 0.804 and 0.599
-RESAMPLES = 400
+RESAMPLES = 200
 
 
 class Models:

@@ -55,7 +55,7 @@ def test_every_picture_is_shown_somewhere() -> None:
     assert {path.resolve() for path in there} == set(shown())
 
 
-@pytest.mark.parametrize("name", ["training", "steps", "guidance", "speed"])
+@pytest.mark.parametrize("name", ["training", "steps", "guidance", "pareto", "speed"])
 def test_drawing_again_changes_no_figure(name: str) -> None:
     pytest.importorskip("matplotlib")
     figures = script("figures")

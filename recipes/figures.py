@@ -141,8 +141,10 @@ _CEILING = 0.927  # of B on real test images
 
 def pareto() -> dict[Path, Image.Image]:
     """What each guidance rule reaches: FD-B and recall against accuracy, of the weak and of the shipped model."""
-    files = {"guidance_weak": "guidance_weak_cpu.txt", "guidance_shipped": "guidance_fashion_h100.txt"}
-    return {IMAGES / f"{name}.png": pareto_of(json_lines(RESULTS / file)) for name, file in files.items()}
+    files = {
+        "guidance_weak.png": "guidance_weak_cpu.txt", "guidance_shipped.png": "guidance_fashion_h100.txt",
+    }  # fmt: skip
+    return {IMAGES / name: pareto_of(json_lines(RESULTS / file)) for name, file in files.items()}
 
 
 def pareto_of(lines: list[dict[str, Any]]) -> Image.Image:

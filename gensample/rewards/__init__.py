@@ -2,7 +2,7 @@
 
 from gensample.rewards.base import Reward
 from gensample.rewards.classifier import ClassLogProbability
-from gensample.rewards.combine import WeightedSum, for_prompt
+from gensample.rewards.combine import WeightedSum, describe, for_prompt
 from gensample.rewards.compressibility import Compressibility
 from gensample.rewards.text_image import TextImageReward
 
@@ -12,5 +12,6 @@ __all__ = [
     "Reward",
     "TextImageReward",
     "WeightedSum",
+    "describe",
     "for_prompt",
 ]

@@ -45,6 +45,11 @@ class ClassLogProbability:
             raise ValueError(f"classes={self.classes!r} must be different indices, at least one, from 0")
         object.__setattr__(self, "classes", members)
 
+    @property
+    def description(self) -> str:
+        """The classes and the temperature."""
+        return f"ClassLogProbability(classes={self.classes}, temperature={self.temperature:g})"
+
     def __call__(self, images: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Rewards (B,); ValueError for logits of another shape or a class the classifier does not have."""
         logits = torch.as_tensor(self.classifier(images))

@@ -32,6 +32,11 @@ class WeightedSum:
             if not math.isfinite(weight):
                 raise ValueError(f"weight={weight} must be finite")
 
+    @property
+    def description(self) -> str:
+        """The terms with their weights."""
+        return " + ".join(f"{weight:g}*{describe(reward)}" for reward, weight in self.terms)
+
     def __call__(self, images: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Rewards (B,)."""
         total = torch.zeros(len(images), device=images.device)
@@ -42,6 +47,12 @@ class WeightedSum:
     def for_prompt(self, prompt: str) -> WeightedSum:
         """With every term that reads a prompt bound to it."""
         return WeightedSum([(for_prompt(reward, prompt), weight) for reward, weight in self.terms])
+
+
+def describe(reward: Any) -> str:
+    """The reward's ``description``, else its name."""
+    named = getattr(reward, "__name__", type(reward).__name__)
+    return str(getattr(reward, "description", named))
 
 
 def for_prompt(reward: Any, prompt: str | None) -> Any:

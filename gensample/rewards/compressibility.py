@@ -33,6 +33,11 @@ class Compressibility:
         if not 1 <= self.quality <= 100:
             raise ValueError(f"quality={self.quality} must lie in 1..100")
 
+    @property
+    def description(self) -> str:
+        """What is wanted, and the quality."""
+        return f"Compressibility({self.wanted}, {self.quality})"
+
     def __call__(self, images: Tensor, cond: Conditioning | None = None) -> Tensor:
         """Rewards (B,)."""
         if images.requires_grad:

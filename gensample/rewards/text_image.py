@@ -80,6 +80,12 @@ class TextImageReward:
             network, transformers.AutoProcessor.from_pretrained(processor or model), kind=kind, output=output
         )
 
+    @property
+    def description(self) -> str:
+        """The kind, the model and the prompt."""
+        name = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        return f"TextImageReward({self.kind}, {name}, {self.prompt!r})"
+
     def for_prompt(self, prompt: str) -> TextImageReward:
         """The reward of images of ``prompt``."""
         return replace(self, prompt=prompt, _text={})

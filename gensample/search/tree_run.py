@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gensample.rewards import describe
 from gensample.search.problem import Population, SearchProblem
 from gensample.search.tree import Tree
 from gensample.search.tree_growth import Batches, Growth
@@ -89,12 +90,11 @@ class TreeRun:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What the tree's law depends on: the chain, the reward's name, lambda and the stream."""
+        """What the tree's law depends on: the chain, the reward's description or name, lambda and the stream."""
         problem = self.tree.problem
-        reward = getattr(problem.reward, "__name__", type(problem.reward).__name__)
         return {
-            **fingerprint(problem.chain), "reward": reward, "inverse_temperature": problem.inverse_temperature,
-            "seed": problem.seed, "sample": problem.sample,
+            **fingerprint(problem.chain), "reward": describe(problem.reward),
+            "inverse_temperature": problem.inverse_temperature, "seed": problem.seed, "sample": problem.sample,
         }  # fmt: skip
 
     def save(self, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gensample.denoisers import Conditioning
-from gensample.rewards import ClassLogProbability, Compressibility, WeightedSum, for_prompt
+from gensample.rewards import ClassLogProbability, Compressibility, WeightedSum, describe, for_prompt
 
 
 def images(rows: int, channels: int = 1, size: int = 8) -> Tensor:
@@ -136,3 +136,14 @@ def test_sums_weigh_their_terms_and_hand_the_prompt_on() -> None:
         WeightedSum([(brightness, math.nan)])
     with pytest.raises(TypeError, match="must be callable"):
         WeightedSum([(3.0, 1.0)])  # type: ignore[list-item]
+
+
+def test_rewards_of_one_class_are_told_apart() -> None:
+    """A saved tree is refused under another reward by these."""
+    net = linear_classifier()
+    one, other = ClassLogProbability(net, 1), ClassLogProbability(net, (1, 2))
+    assert describe(one) == "ClassLogProbability(classes=(1,), temperature=1)" != describe(other)
+    total = WeightedSum([(one, 1.0), (Compressibility("large", 80), 0.5)])
+    assert describe(total) == f"1*{describe(one)} + 0.5*Compressibility(large, 80)"
+    assert describe(Prompted()) == "Prompted"
+    assert describe(linear_classifier) == "linear_classifier"

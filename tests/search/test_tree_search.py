@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gensample
 from gensample.guidance import CFG, GFCG, NoiseAwarePosterior
+from gensample.rewards import Compressibility
 from gensample.search import DTS, SMC, DTSStar
 from gensample.search.tree_search import METHODS
 from tests.tiny_pipelines import tiny_ddpm, tiny_dit, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
@@ -145,6 +146,8 @@ def test_a_kept_tree_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert rest.evaluations < 60 <= whole.evaluations
     with pytest.raises(ValueError, match="seed"):
         one(budget=96, resume_from=path, progress=False, **{**options, "generator": 5})
+    with pytest.raises(ValueError, match="Compressibility"):
+        search(tiny_dit(), reward=Compressibility())(budget=96, resume_from=path, progress=False, **options)
     with pytest.raises(ValueError, match=r"budget=8 is less than the \d+ evaluations spent on"):
         one(budget=8, resume_from=path, progress=False, **options)
 

@@ -44,6 +44,7 @@ def settings() -> dict[str, tuple[str, Scheduler, int]]:
     flow, ours, paper = StochasticInterpolantScheduler, GBMScheduler.recommended, GBMScheduler.paper
     return {
         "additive euler": ("additive_small", lambda: flow(solver="euler"), 1),
+        "additive ancestral": ("additive_small", lambda: flow(solver="exp", diffusion="sbdm"), 1),
         "additive exp2m 0.5": ("additive_small", lambda: flow(solver="exp2m", diffusion_scale=0.5), 1),
         "additive heun": ("additive_small", lambda: flow(solver="heun"), 2),
         "paper dale_langevin": ("gbm_paper", lambda: paper("fashion-mnist"), 1),

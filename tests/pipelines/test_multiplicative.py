@@ -132,6 +132,18 @@ def test_search_walks_the_log_normal_chain() -> None:
     assert law.log_prob(law.sample(torch.zeros_like(start))).shape == (2,)
 
 
+@pytest.mark.parametrize("method", ["dts*", "smc"])
+def test_tree_search_runs_on_the_pipeline_and_on_its_own_sampler(method: str) -> None:
+    pipe = tiny()
+    for solver in ("exp", denoiser_from_pipeline(pipe, class_labels=1).prepared_scheduler(5).solver):
+        search = gensample.TreeSearch(
+            pipe, reward=lambda x, cond: x.mean((1, 2, 3)), solver=solver, num_inference_steps=5
+        )
+        out = search(class_labels=[1], method=method, budget=100, generator=0, progress=False)
+        assert 0 < out.evaluations <= 100
+        assert np.isfinite(out.rewards).all()
+
+
 def test_the_command_line_draws_from_a_saved_pipeline(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path / "pipe")
     grid = tmp_path / "grid.png"

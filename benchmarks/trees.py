@@ -247,7 +247,7 @@ def memory() -> None:
     print(
         f"  arena: {tree.arena.nbytes / nodes:.0f} bytes a node with spare room ({nodes} nodes, {leaves} leaves)"
     )
-    chain, budget = shipped_chain(), 4_000
+    chain, budget = shipped_chain(), 640
     sizes = {}
     for name, storage in (("float16", "float16"), ("float32", None)):
         run = DTS(levels=(8, 10, 12, 14), rows=16, storage=storage).plant(
@@ -265,10 +265,10 @@ def memory() -> None:
     profile = np.bincount(tree.arena.depth[1 : tree.arena.size], minlength=6)[1:]
     branch, ends = profile[:-1].sum(), profile[-1]
     steps = 50 / 100  # the same tree over 50 steps
-    starts = tree.arena.depth[1 : tree.arena.size][tree.arena.ordinal[1 : tree.arena.size] > 0]
     grid = np.array([0, 20, 40, 60, 80, 100])
-    roots = int((tree.arena.parent[1 : tree.arena.size] == 0).sum())
-    walked = steps * (100 * roots + (100 - grid[starts.astype(int) - 1])[starts > 1].sum())
+    tops = (tree.arena.ordinal[1 : tree.arena.size] > 0) | (tree.arena.parent[1 : tree.arena.size] == 0)
+    starts = tree.arena.depth[1 : tree.arena.size][tops].astype(int) - 1
+    walked = steps * (100 - grid[starts]).sum()
     print(f"  64 x 64 x 4 latents, 50 steps, this tree: {(2 * branch + 4 * ends) * sd / 1e6:.0f} MB against "
           f"{4 * walked * sd / 1e6:.0f} MB: {4 * walked / (2 * branch + 4 * ends):.1f} x")  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,9 +24,9 @@ class TreePicture:
     levels: what each depth is called, the root first.
     """
 
-    parent: NDArray
-    depth: NDArray
-    value: NDArray
+    parent: NDArray[Any]
+    depth: NDArray[Any]
+    value: NDArray[Any]
     best: int
     levels: tuple[str, ...]
 

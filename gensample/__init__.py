@@ -7,6 +7,7 @@ from gensample import guidance
 from gensample.loading import load
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
+from gensample.models.token_transformer import TokenTransformer
 from gensample.pipelines.class_conditional import ClassConditionalPipeline
 from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 from gensample.sampling import sample, stream
@@ -23,6 +24,7 @@ __all__ = [
     "GBMScheduler",
     "MultiplicativeDiffusionPipeline",
     "StochasticInterpolantScheduler",
+    "TokenTransformer",
     "TreeSearch",
     "__version__",
     "guidance",

@@ -51,7 +51,8 @@ def sampler_law(chain: DenoiserChain) -> tuple[float, float]:
 def gaussian_posteriors(seeds: int) -> dict[str, dict[str, float]]:
     """Errors of the weighted leaves' mean and variance under r = -(rho/2)|x - c|^2, in standard errors over seeds."""
     found = {}
-    for steps, eta in itertools.product((10, 50), (0.5, 1.0)):
+    cases = [*itertools.product((10, 50), (0.5, 1.0), (True,)), (50, 1.0, False)]
+    for steps, eta, led in cases:
         mean, variance = sampler_law(ddim_chain(steps, eta))
         k = 1.0 + RHO * variance
         centre, log_z = (mean + RHO * variance * CENTRE) / k, -math.log(k) - RHO * (mean - CENTRE) ** 2 / k
@@ -62,11 +63,12 @@ def gaussian_posteriors(seeds: int) -> dict[str, dict[str, float]]:
         chain = ddim_chain(steps, eta)
         levels = tuple(int(steps * f) for f in (0.3, 0.5, 0.7))
         problems = [SearchProblem(chain, reward, seed=s) for s in range(seeds)]
-        *_, runs = grow_forest(DTS(levels=levels, rows=2), problems, 300 * steps)
+        method = DTS(levels=levels, rows=2) if led else DTS(levels=levels, rows=2, power=0.0, epsilon=0.0)
+        *_, runs = grow_forest(method, problems, 300 * steps)
         pops = [r.population() for r in runs]
         means = [np.exp(p.log_weights) @ p.latents.double().numpy() for p in pops]
         squares = [np.exp(p.log_weights) @ (p.latents.double().numpy() - centre) ** 2 for p in pops]
-        found[f"{steps} steps, eta {eta}"] = {
+        found[f"{steps} steps, eta {eta}" + ("" if led else ", reward-blind descents")] = {
             "mean_se": errors([float(m.mean()) for m in means], centre),
             "variance_se": errors([float(s.mean()) for s in squares], variance / k),
             "log_z": float(np.mean([r.log_z for r in runs])) - log_z,

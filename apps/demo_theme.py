@@ -10,6 +10,8 @@ _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1180px !important; margin: 0 auto !important; }
 .gradio-container main { width: 100%; min-width: 0; }
+/* Gradio confines rules inside @media to what lies within main, so main's own margin bends by itself. */
+.gradio-container .main.fillable { padding: clamp(10px, 3vw, 32px) clamp(8px, 6vw - 16px, 32px) !important; }
 .gs-head { padding: 12px 2px 0; }
 .gs-head h1 { font-size: 1.55rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .gs-head p { margin: 4px 0 0; color: var(--body-text-color-subdued); max-width: 90ch; line-height: 1.5; }
@@ -68,7 +70,6 @@ button:focus-visible, input:focus-visible, [role="tab"]:focus-visible {
   outline: 2px solid var(--button-primary-background-fill); outline-offset: 2px;
 }
 @media (max-width: 640px) {
-  .gradio-container main, .gradio-container .main.fillable { padding: 10px 8px !important; }
   .gs-head h1 { font-size: 1.3rem; }
   .tab-container button { padding: 0 6px !important; font-size: 0.8rem !important; }  /* five fit */
   .gs-tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }

@@ -9,8 +9,8 @@ the model and the reward read one part, validation another, and the judge a thir
 
 Reward: the share of a sample's characters that belong to a word of the training part's vocabulary (spelling); other
 signs earn nothing, or the search finds rows of dashes.
-Recorded in results/masked_text.txt (2-core AMD EPYC, CPU, 2026-11-23): at 4 000 evaluations DTS* finds 0.61, FK steering
-0.61 (with half as many evaluations: particles that unmask nothing cost nothing), best-of-N 0.52, real text 0.85.
+Recorded in results/masked_text.txt (2-core AMD EPYC, CPU, 2026-11-23): at 4 000 evaluations DTS* finds 0.61, FK
+steering 0.61 (with half as many: particles that unmask nothing cost nothing), best-of-N 0.52; real text has 0.85.
 
 Judge: nats per character of an interpolated 5-gram model of the judge's part; lower reads more like the text.
 """

@@ -100,7 +100,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         _check_choice("solver", solver, SOLVERS)
         _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, ("trailing", "linspace"))
-        _check_choice("path", path, ("linear", "gvp", "vp"))  # pipelines start from N(0, I), which ve does not
+        _check_choice(
+            "path", path, ("linear", "gvp", "vp")
+        )  # pipelines start from N(0, I), which ve does not
         if stochastic_sampling:
             raise ValueError(
                 "stochastic_sampling=True re-noises fully at every step and halves the variance; use "

@@ -148,9 +148,9 @@ def pareto() -> dict[Path, Image.Image]:
 
 
 def pareto_of(lines: list[dict[str, Any]]) -> Image.Image:
-    """Hollow: the sweep (seed 100); filled: fresh seeds, with 95 % intervals. Degraded classifiers are left out."""
+    """Hollow: the sweep (seed 100); filled: the last fresh seeds, with 95 % intervals. No degraded classifiers."""
     figure, axes = panels(2)
-    seed = 100
+    seed, newest = 100, max(line.get("seed", 0) for line in lines)
     for line in lines:
         seed = line.get("seed", seed)
         name = line.get("setting", "").replace("cfg|gfcg", "gfcg-cfg")
@@ -159,6 +159,8 @@ def pareto_of(lines: list[dict[str, Any]]) -> Image.Image:
             continue
         label, colour, marker = _RULES[kind]
         final = seed >= 200
+        if 200 <= seed < newest:
+            continue
         for axis, key in zip(axes, ("fd_test", "recall"), strict=True):
             bars = {}
             if final:

@@ -130,25 +130,27 @@ def plan() -> Iterator[Cell]:
     """All cells, the most important first."""
     yield Cell("pool", "bag", POOL, 0)
     cheap = ("DTS", "SMC", "DTS paper", "SVDD", "FK max", "DTS*")
-    for name in cheap:
+    for name in (*cheap, "TDS", "DPS"):
         yield from (Cell(name, target, SMALL, 1) for target in TARGETS)
-    yield from (Cell(name, target, SMALL, 1) for target in ("bag", "footwear") for name in ("TDS", "DPS"))
     for name in ("DTS", "SMC"):
         yield from (Cell(name, target, MIDDLE, 1) for target in TARGETS)
     for seed in (1, 2, 3):
         yield from (Cell("DTS*", "jpeg", budget, seed) for budget in (SMALL, MIDDLE))
     yield from (Cell(name, "jpeg", MIDDLE, 1) for name in ("FK max", "SVDD greedy", "zero-order", "paths"))
     yield from (Cell("DTS deep", target, MIDDLE, 1) for target in TARGETS)
+    yield from (Cell(name, target, SMALL, 2) for name in ("DTS", "SMC") for target in TARGETS)
     yield from (Cell(name, "bag", LARGE, 1) for name in ("DTS", "SMC"))
+    yield from (Cell(name, target, SMALL, 1) for name in ("zero-order", "paths") for target in TARGETS)
+    yield from (
+        Cell(name, target, LARGE, 1)
+        for target in ("trouser", "pullover", "footwear")
+        for name in ("DTS", "SMC")
+    )
     yield from (Cell("DTS paper", target, MIDDLE, 1) for target in ("bag", "footwear", "trouser", "pullover"))
     yield from (Cell(name, "bag", MIDDLE, 1) for name in ("DTS*", "FK max", "SVDD", "TDS", "DPS"))
-    yield from (Cell(name, target, SMALL, 1) for target in ("trouser", "pullover") for name in ("TDS", "DPS"))
-    yield from (
-        Cell(name, target, SMALL, seed) for seed in (2, 3) for name in ("DTS", "SMC") for target in TARGETS
-    )
-    yield Cell("DTS paper", "bag", LARGE, 1)
     yield from (Cell(name, target, MIDDLE, 2) for name in ("DTS", "SMC") for target in TARGETS)
     yield Cell("DTS", "bag", POOL, 1)
+    yield from (Cell(name, target, SMALL, 3) for name in ("DTS", "SMC") for target in TARGETS)
 
 
 def run(minutes: float, work: Path) -> None:

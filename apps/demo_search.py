@@ -25,7 +25,7 @@ def search_tab(stage: Stage) -> None:
     names = stage.engine.class_names
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
-            target = gr.Dropdown(names, value=names[8], label="Class to find", filterable=False)
+            target = gr.Dropdown(names, value=names[5], label="Class to find", filterable=False)
             taste = gr.Dropdown(list(TASTES), value="much ink", label="Ink", filterable=False)
             method = gr.Dropdown(list(METHODS), value=next(iter(METHODS)), label="Method", filterable=False)
             budget = gr.Slider(200, 4000, value=1000, step=100, label="Network evaluations", precision=0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class ExponentialAverage:
-    """Averages of ``model``'s parameters; buffers are copied, not averaged.
+    """Averages of ``model``'s trained parameters; frozen ones and buffers are copied, not averaged.
 
     Args:
         model: module whose parameters are followed; its own names are used (never those of a wrapper).
@@ -28,8 +28,8 @@ class ExponentialAverage:
     def __init__(self, model: nn.Module, decays: Sequence[float]) -> None:
         self.decays = tuple(float(d) for d in decays)
         self.updates = 0
-        self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [p for _, p in model.named_parameters()]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._names, self._parameters = list(trained), list(trained.values())
         self._model = model
         self._shadows = {
             d: [p.detach().to(torch.float32, copy=True) for p in self._parameters] for d in self.decays

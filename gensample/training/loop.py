@@ -14,8 +14,9 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class Trainer:
 
     Args:
         model: module in float32; autocast makes the forward pass cheaper, never the weights.
-        loss_step: the loss of a batch (:class:`gensample.training.losses.LossStep`).
+        loss_step: the loss of a batch (:class:`gensample.training.losses.LossStep`); None where a subclass's
+            :meth:`update` needs none.
         source: the batches.
         training, optimizer, schedule: settings.
         callbacks: called every ``evaluate_every`` steps and at the end.
@@ -81,7 +83,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        loss_step: LossStep,
+        loss_step: LossStep | None,
         source: BatchSource,
         *,
         training: TrainingConfig,
@@ -119,9 +121,8 @@ class Trainer:
             make_optimizer(self.model, self.optimizer_config, parameter_groups)
         )
         self.ema = ExponentialAverage(self.model, training.ema_decays)
-        prepared = self.accelerator.prepare_model(self.model)
-        self._reducing = prepared
-        self._forward = torch.compile(prepared) if training.compile else prepared
+        self._reducing = self.prepare_network()
+        self._forward = torch.compile(self._reducing) if training.compile else self._reducing
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -157,7 +158,9 @@ class Trainer:
                 if why is not None:
                     reason = why
                     break
-                self._update(step, micro_batches)
+                logs = self.update(step, micro_batches)
+                if (step + 1) % self.config.log_every == 0:
+                    self._log(step + 1, logs)
                 self.step = step + 1
                 self.seconds = earlier + time.monotonic() - started
                 self._after()
@@ -173,7 +176,7 @@ class Trainer:
         times: list[float] = []
         for step in range(updates + 3):  # the first ones compile, and fill caches
             started = time.monotonic()
-            self._update(step, [self.source.batch(step, rows) for rows in self._micro_rows])
+            self.update(step, [self.source.batch(step, rows) for rows in self._micro_rows])
             times.append(time.monotonic() - started)
         return sorted(times[3:])[updates // 2] * self.config.steps
 
@@ -198,13 +201,35 @@ class Trainer:
             signalled, late = (value > 0 for value in self.accelerator.reduce(flags, "sum").tolist())
         return "signal" if signalled else "time" if late else None
 
-    def _update(self, step: int, micro_batches: list[Batch]) -> None:
-        """One optimiser step, or none when the loss or the gradient is not finite."""
+    # what a run with gradients of its own overrides: AlignmentTrainer
+
+    def prepare_network(self) -> nn.Module:
+        """The network as the forward pass calls it: its gradients are averaged over the processes."""
+        network: nn.Module = self.accelerator.prepare_model(self.model)
+        return network
+
+    def update(self, step: int, micro_batches: list[Batch]) -> dict[str, float]:
+        """Update ``step`` on this process's micro-batches, by :meth:`optimizer_step`; returns figures to record."""
         self.model.train()
+        return self.optimizer_step(step, partial(self._accumulate_gradients, micro_batches))
+
+    def stored_tensors(self) -> dict[str, Tensor]:
+        """The model's tensors that checkpoints keep, by their names in its state."""
+        return self.model.state_dict()
+
+    def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`stored_tensors` gave; RuntimeError for tensors of another model."""
+        self.model.load_state_dict(tensors)
+
+    def optimizer_step(self, step: int, accumulate: Callable[[], Tensor]) -> dict[str, float]:
+        """One optimiser step, or none when the loss or the gradient is not finite; returns figures to record.
+
+        ``accumulate`` leaves the gradient of the global mean loss on every process and returns that loss, ().
+        """
         factor = self.schedule.factor(step, self.config.steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        loss = self._accumulate_gradients(micro_batches)
+        loss = accumulate()
         limit = self.optimizer_config.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
         loss_value, norm_value = torch.stack([loss, norm.float()]).tolist()  # the one wait for the device
@@ -218,11 +243,11 @@ class Trainer:
         if finite:
             self.ema.update()
             self._window.append(loss_value)
-        if (step + 1) % self.config.log_every == 0:
-            self._log(step + 1, norm_value, factor)
+        return {"gradient_norm": norm_value, "learning_rate_factor": factor}
 
     def _accumulate_gradients(self, micro_batches: list[Batch]) -> Tensor:
         """Gradients of the mean loss over the global batch; returns that mean, (), float32."""
+        assert self.loss_step is not None
         total = torch.zeros((), device=self.accelerator.device)
         for i, host_batch in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
@@ -247,14 +272,13 @@ class Trainer:
                 "mixed_precision bf16, and resume from the last checkpoint"
             )
 
-    def _log(self, step: int, norm: float, factor: float) -> None:
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
         window, self._window = self._window, []
         self._recorder.write(
             step,
             {
                 **({"loss": math.fsum(window) / len(window)} if window else {}),
-                "gradient_norm": norm,
-                "learning_rate_factor": factor,
+                **figures,
                 "skipped_steps": self.skipped_steps,
                 "seconds": round(self.seconds, 3),
             },
@@ -286,11 +310,14 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present step (main process; the others wait)."""
         if self.accelerator.is_main_process:
+            stored = self.stored_tensors()
             tensors: dict[str, dict[str, Tensor]] = {
-                "model": self.model.state_dict(),
+                "model": stored,
                 "optimizer": optimizer_tensors(self.model, self._optimizer.optimizer),
             }
-            tensors |= {f"ema-{d:g}": self.ema.state_dict(d) for d in self.ema.decays}
+            for d in self.ema.decays:
+                average = self.ema.state_dict(d)
+                tensors[f"ema-{d:g}"] = {name: average.get(name, kept) for name, kept in stored.items()}
             save_checkpoint(
                 self.checkpoint_folder,
                 Checkpoint(self.step, tensors, self._state()),
@@ -342,7 +369,7 @@ class Trainer:
                     f"{getattr(self.config, name)}: keep it, or start in another output_dir"
                 )
         try:
-            self.model.load_state_dict(checkpoint.tensors["model"])
+            self.load_stored_tensors(checkpoint.tensors["model"])
         except RuntimeError as error:
             raise ValueError(
                 f"the checkpoint is of another model: keep that model, or start in another output_dir ({error})"

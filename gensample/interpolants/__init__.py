@@ -1,4 +1,4 @@
-"""Interpolants between noise and data: paths, field conversions, objectives and exact oracles."""
+"""Interpolants between noise, or any other law, and data: paths, conversions, objectives, couplings, oracles."""
 
 from gensample.interpolants.fields import (
     FIELDS,
@@ -10,6 +10,7 @@ from gensample.interpolants.fields import (
     convert,
     per_row,
 )
+from gensample.interpolants.gammas import Gamma
 from gensample.interpolants.objectives import TimeLaw, interpolate, interpolation_loss, sample_times, target
 from gensample.interpolants.oracles import GaussianMixture
 from gensample.interpolants.paths import (
@@ -18,6 +19,8 @@ from gensample.interpolants.paths import (
     GVPInterpolant,
     Interpolant,
     LinearInterpolant,
+    PolynomialInterpolant,
+    SBDMInterpolant,
     Scalar,
     VEInterpolant,
     VPInterpolant,
@@ -26,32 +29,69 @@ from gensample.interpolants.paths import (
     initial_state,
     make_interpolant,
 )
+from gensample.interpolants.two_sided import (
+    EncodingDecoding,
+    Mirror,
+    PointSource,
+    TwoSidedCoefficients,
+    TwoSidedInterpolant,
+    TwoSidedLinear,
+    TwoSidedTrig,
+    describe_two_sided,
+    make_two_sided,
+)
+from gensample.interpolants.two_sided_fields import (
+    TWO_SIDED_FIELDS,
+    TwoSidedField,
+    affine_heads,
+    convert_heads,
+    heads_of,
+    split_heads,
+)
 
 __all__ = [
     "FIELDS",
     "PREDICTION_TYPES",
+    "TWO_SIDED_FIELDS",
     "Coefficients",
+    "EncodingDecoding",
     "Field",
     "Float64",
     "GVPInterpolant",
+    "Gamma",
     "GaussianMixture",
     "Interpolant",
     "LinearInterpolant",
+    "Mirror",
+    "PointSource",
+    "PolynomialInterpolant",
     "PredictionType",
+    "SBDMInterpolant",
     "Scalar",
     "TimeLaw",
+    "TwoSidedCoefficients",
+    "TwoSidedField",
+    "TwoSidedInterpolant",
+    "TwoSidedLinear",
+    "TwoSidedTrig",
     "VEInterpolant",
     "VPInterpolant",
     "affine",
+    "affine_heads",
     "axpby",
     "convert",
+    "convert_heads",
     "describe_interpolant",
+    "describe_two_sided",
     "gvp_time",
+    "heads_of",
     "initial_state",
     "interpolate",
     "interpolation_loss",
     "make_interpolant",
+    "make_two_sided",
     "per_row",
     "sample_times",
+    "split_heads",
     "target",
 ]

@@ -104,7 +104,7 @@ def require_finite_slope(c: Coefficients) -> None:
     """Raise ValueError where alpha' is infinite, so that no velocity exists."""
     if not np.all(np.isfinite(c.d_alpha)):
         raise ValueError(
-            "alpha' is infinite at t=1 on this path (vp), so it has no velocity; use times below 1"
+            "alpha' is infinite at t=1 on this path (vp, sbdm), so it has no velocity; use times below 1"
         )
 
 
@@ -112,10 +112,13 @@ def _x0_or_noise(c: Coefficients, prediction_type: str, field: str) -> tuple[Sca
     """Coefficients of eta_1 (field "x0") or eta_z (field "noise") for each prediction type."""
     want_x0 = field == "x0"
     if prediction_type in ("velocity", "flow_prediction"):
-        # eta_1 = (alpha b - alpha' x)/D,  eta_z = (beta' x - beta b)/D: safe at both ends, D never vanishes.
+        # eta_1 = (alpha b - alpha' x)/D,  eta_z = (beta' x - beta b)/D: safe at both ends, where D does not vanish.
         sign = 1.0 if prediction_type == "velocity" else -1.0
-        d = c.wronskian
-        return (-c.d_alpha / d, sign * c.alpha / d) if want_x0 else (c.d_beta / d, -sign * c.beta / d)
+        d = _reciprocal(
+            c.wronskian,
+            "a velocity says nothing where the path stands still (polynomial at t=0); use times above 0",
+        )
+        return (-c.d_alpha * d, sign * c.alpha * d) if want_x0 else (c.d_beta * d, -sign * c.beta * d)
     if prediction_type == "v_prediction":
         # v = beta noise - alpha x0 and x = alpha noise + beta x0, inverted.
         norm = c.alpha**2 + c.beta**2

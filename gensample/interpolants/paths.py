@@ -7,6 +7,8 @@ On the linear path the noise level of Diffusers' flow-matching schedulers is ``s
     gvp      alpha = cos(pi t / 2)                  beta = sin(pi t / 2)
     vp       alpha = sqrt(1 - beta^2)               beta = exp(-(1-t)^2 (b1-b0)/4 - (1-t) b0/2)
     ve       alpha = sigma_max (1 - t)              beta = 1
+    polynomial  alpha = 1 - t^n                     beta = t^n
+    sbdm     alpha = sqrt(1 - t^2)                  beta = t
 
 Sources: Albergo et al., "Stochastic Interpolants" (arXiv 2303.08797), section 4; Ma et al., "SiT"
 (arXiv 2401.08740), section 2.  Discrete DDPM schedules are the gvp path re-timed (:func:`gvp_time`).
@@ -61,7 +63,7 @@ class LinearInterpolant:
     name = "linear"
 
     def coefficients(self, t: Scalar) -> Coefficients:
-        t = _checked_time(t)
+        t = checked_time(t)
         one = 1.0 if isinstance(t, float) else np.ones_like(t)
         return Coefficients(alpha=1.0 - t, beta=t, d_alpha=-one, d_beta=one)
 
@@ -73,7 +75,7 @@ class GVPInterpolant:
     name = "gvp"
 
     def coefficients(self, t: Scalar) -> Coefficients:
-        t = _checked_time(t)
+        t = checked_time(t)
         half_pi = np.pi / 2
         # sin of the complement keeps alpha exact (and exactly 0) at t = 1, where cos(pi/2) is 6e-17.
         alpha, beta = np.sin(half_pi * (1.0 - t)), np.sin(half_pi * t)
@@ -104,7 +106,7 @@ class VPInterpolant:
             )
 
     def coefficients(self, t: Scalar) -> Coefficients:
-        t = _checked_time(t)
+        t = checked_time(t)
         s = 1.0 - t
         log_beta = -0.25 * s**2 * (self.beta_max - self.beta_min) - 0.5 * s * self.beta_min
         beta = np.exp(log_beta)
@@ -138,11 +140,50 @@ class VEInterpolant:
                 raise ValueError(f"{name}={value} must be positive and finite")
 
     def coefficients(self, t: Scalar) -> Coefficients:
-        t = _checked_time(t)
+        t = checked_time(t)
         one = 1.0 if isinstance(t, float) else np.ones_like(t)
         return Coefficients(
             alpha=self.sigma_max * (1.0 - t), beta=one, d_alpha=-self.sigma_max * one, d_beta=0.0 * one
         )
+
+
+@dataclass(frozen=True)
+class PolynomialInterpolant:
+    """x_t = (1 - t^n) noise + t^n x0 of ``power`` n; n = 1 is the linear path.
+
+    For n > 1 the path stands still at t = 0, so a velocity says nothing of the data there; use the linear path with
+    shifted times, which visits the same noise levels, or a sample or epsilon model.  Raises ValueError for n < 1.
+    """
+
+    power: float = 2.0
+    name = "polynomial"
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.power < np.inf:
+            raise ValueError(f"power={self.power} must be at least 1 and finite")
+
+    def coefficients(self, t: Scalar) -> Coefficients:
+        t = checked_time(t)
+        beta, slope = t**self.power, self.power * t ** (self.power - 1.0)
+        return Coefficients(alpha=1.0 - beta, beta=beta, d_alpha=-slope, d_beta=slope)
+
+
+@dataclass(frozen=True)
+class SBDMInterpolant:
+    """x_t = sqrt(1 - t^2) noise + t x0: the Ornstein-Uhlenbeck process in the time t = exp(-tau).
+
+    Score-based diffusion (arXiv 2011.13456) on [0, 1].  At t = 1 alpha' is -inf.
+    """
+
+    name = "sbdm"
+
+    def coefficients(self, t: Scalar) -> Coefficients:
+        t = checked_time(t)
+        one = 1.0 if isinstance(t, float) else np.ones_like(t)
+        alpha = np.sqrt((1.0 - t) * (1.0 + t))
+        with np.errstate(divide="ignore"):
+            d_alpha = -t / np.asarray(alpha)
+        return Coefficients(_like(alpha, t), t, _like(d_alpha, t), one)
 
 
 def initial_state(path: Interpolant, noise: Tensor) -> Tensor:
@@ -155,10 +196,11 @@ def initial_state(path: Interpolant, noise: Tensor) -> Tensor:
 
 
 def make_interpolant(name: str, **options: float) -> Interpolant:
-    """The path called ``name``: "linear", "gvp", "vp" (with ``beta_min``, ``beta_max``) or "ve" (with ``sigma_max``,
-    ``initial_mean``, ``initial_std``); else ValueError."""
+    """The path called ``name``: "linear", "gvp", "sbdm", "polynomial" (with ``power``), "vp" (with ``beta_min``,
+    ``beta_max``) or "ve" (with ``sigma_max``, ``initial_mean``, ``initial_std``); else ValueError."""
     kinds: dict[str, type] = {
         "linear": LinearInterpolant, "gvp": GVPInterpolant, "vp": VPInterpolant, "ve": VEInterpolant,
+        "polynomial": PolynomialInterpolant, "sbdm": SBDMInterpolant,
     }  # fmt: skip
     if name not in kinds:
         raise ValueError(f"path={name!r} is unknown; use one of {sorted(kinds)}")
@@ -186,7 +228,8 @@ def gvp_time(alphas_cumprod: Float64) -> Float64:
     return 1.0 - (2.0 / np.pi) * np.arctan2(np.sqrt(1.0 - abar), np.sqrt(abar))
 
 
-def _checked_time(t: Scalar) -> Scalar:
+def checked_time(t: Scalar) -> Scalar:
+    """``t`` as a float or a float64 array; raises ValueError unless it lies in [0, 1]."""
     if type(t) is float and 0.0 <= t <= 1.0:
         return t  # solvers ask for hundreds of these, and numpy is slow on scalars
     t = float(t) if np.ndim(t) == 0 else np.asarray(t, dtype=np.float64)

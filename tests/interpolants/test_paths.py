@@ -11,7 +11,10 @@ from gensample.interpolants import (
     GVPInterpolant,
     Interpolant,
     LinearInterpolant,
+    PolynomialInterpolant,
+    SBDMInterpolant,
     VPInterpolant,
+    affine,
     describe_interpolant,
     gvp_time,
     make_interpolant,
@@ -23,6 +26,7 @@ PATHS: list[Interpolant] = [
     VPInterpolant(),
     VPInterpolant(beta_min=0.5, beta_max=8.0),
 ]
+MORE: list[Interpolant] = [PolynomialInterpolant(), PolynomialInterpolant(power=3.5), SBDMInterpolant()]
 INTERIOR = np.linspace(0.02, 0.98, 25)
 
 
@@ -32,7 +36,7 @@ def slope(path: Interpolant, name: str, t: float, h: float = 1e-4) -> float:
     return (value[0] - 8 * value[1] + 8 * value[2] - value[3]) / (12 * h)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("path", PATHS + MORE, ids=repr)
 def test_derivatives_are_those_of_the_coefficients(path: Interpolant) -> None:
     for t in INTERIOR:
         c = path.coefficients(float(t))
@@ -96,13 +100,35 @@ def test_times_outside_the_unit_interval_are_refused(t: float) -> None:
             path.coefficients(t)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("path", PATHS + MORE, ids=repr)
 def test_description_rebuilds_the_path(path: Interpolant) -> None:
     assert make_interpolant(**describe_interpolant(path)) == path
 
 
+def test_sbdm_has_unit_norm_and_its_wronskian() -> None:
+    c = SBDMInterpolant().coefficients(INTERIOR)
+    np.testing.assert_allclose(c.alpha**2 + c.beta**2, 1.0, rtol=0, atol=4e-16)
+    np.testing.assert_allclose(c.wronskian, 1 / c.alpha, rtol=1e-12)
+    end = SBDMInterpolant().coefficients(1.0)
+    assert (end.alpha, end.beta, end.d_alpha) == (0.0, 1.0, -np.inf)
+
+
+def test_polynomial_of_power_one_is_linear() -> None:
+    for t in (0.0, 0.3, 1.0):
+        assert PolynomialInterpolant(power=1.0).coefficients(t) == LinearInterpolant().coefficients(t)
+
+
+def test_a_velocity_that_stands_still_is_refused_with_the_fix() -> None:
+    c = PolynomialInterpolant().coefficients(0.0)
+    with pytest.raises(ValueError, match="stands still"):
+        affine(c, "velocity", "x0")
+    assert affine(c, "sample", "velocity") == (0.0, 0.0)
+    with pytest.raises(ValueError, match="power=0.5"):
+        PolynomialInterpolant(power=0.5)
+
+
 def test_bad_paths_name_the_argument() -> None:
-    with pytest.raises(ValueError, match=r"path='cosine'.*'gvp', 'linear', 've', 'vp'"):
+    with pytest.raises(ValueError, match=r"path='cosine'.*'gvp', 'linear', 'polynomial', 'sbdm', 've', 'vp'"):
         make_interpolant("cosine")
     with pytest.raises(ValueError, match=r"beta_min.*path='linear'"):
         make_interpolant("linear", beta_min=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Diffusers never imports a module that a saved pipeline names, so every loadable class is imported here.
 from gensample import guidance
+from gensample.likelihood import log_likelihood
 from gensample.loading import load
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "guidance",
     "load",
+    "log_likelihood",
     "sample",
     "stream",
 ]

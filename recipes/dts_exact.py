@@ -11,11 +11,11 @@ from diffusers import DDIMScheduler
 from scipy import stats
 
 from gensample.denoisers import Denoiser
-from gensample.interpolants.oracles import linear_chain_moments
 from gensample.search import DTS, SearchProblem
 from gensample.search.dts import grow_forest
 from gensample.trees import DenoiserChain
 from gensample.trees.masked import MaskedChain, masking_schedule
+from gensample.trees.oracles import affine_moments
 
 MEAN, VARIANCE, RHO, CENTRE = 0.7, 0.4, 1.5, 1.4
 
@@ -35,16 +35,7 @@ def ddim_chain(steps: int, eta: float) -> DenoiserChain:
 
 def sampler_law(chain: DenoiserChain) -> tuple[float, float]:
     """Mean and variance of the sampler's x_N, each coordinate: its own affine steps, composed from N(0, 1)."""
-    zero, one, sample = torch.zeros(1, 2), torch.ones(1, 2), np.zeros(1, dtype=np.int64)
-    steps = []
-    for i in range(chain.num_steps):
-        laws = [
-            chain.transition(x, np.array([i]), chain.answer(x, np.array([i]), sample)) for x in (zero, one)
-        ]
-        offset, end = (float(law.mean[0, 0]) for law in laws)  # type: ignore[attr-defined]
-        steps.append((end - offset, offset, float(torch.as_tensor(laws[0].std).flatten()[0])))  # type: ignore[attr-defined]
-    gains, offsets, stds = zip(*steps, strict=True)
-    p, q, r = linear_chain_moments(gains, offsets, stds)[0]
+    p, q, r = affine_moments(chain)[0]
     return q, r + p * p
 
 

@@ -37,6 +37,20 @@ class Answer:
         index = torch.as_tensor(index, device=self.output.device)
         return Answer(self.output[index], None if self.variance is None else self.variance[index])
 
+    def placed(self, index: Tensor, rows: int, others: Answer | None = None) -> Answer:
+        """``rows`` answers with these at ``index`` (B,), and elsewhere those of ``others``, or zeros."""
+
+        def place(values: Tensor, into: Tensor | None) -> Tensor:
+            if into is None:
+                into = values.new_zeros(rows, *values.shape[1:])
+            return into.index_copy(0, index.to(values.device), values)
+
+        if len(self.output) == rows:
+            return self
+        rest = (None, None) if others is None else (others.output, others.variance)
+        variance = None if self.variance is None else place(self.variance, rest[1])
+        return Answer(place(self.output, rest[0]), variance)
+
     @classmethod
     def cat(cls, parts: list[Answer]) -> Answer:
         """The rows of all ``parts``."""
@@ -118,17 +132,47 @@ class Chain(ABC):
                 f"edges {start.tolist()} -> {stop.tolist()} must rise within 0..{self.num_steps}"
             )
         x, level = x.clone(), start.copy()
+        known, is_stale = first, np.full(len(x), first is None)
         while (rows := np.flatnonzero(level < stop)).size:
-            here, at = x[torch.from_numpy(rows)], level[rows]
-            answer = first if first is not None else self.answer(here, at, sample[rows])
-            law = self.transition(here, at, answer)
-            keys = noise.select(rows.tolist()).extend(at)
-            there = law.sample(law.draw_noise(keys, path=()))
-            _require_finite(there, at, sample[rows])
-            x[torch.from_numpy(rows)] = there.to(x.dtype)
+            at = torch.from_numpy(rows)
+            here, levels, samples = x[at], level[rows], sample[rows]
+            answer = self._answers(known, is_stale[rows], rows, here, levels, samples)
+            law = self.transition(here, levels, answer)
+            there = law.sample(law.draw_noise(noise.select(rows.tolist()).extend(levels), path=())).to(
+                x.dtype
+            )
+            _require_finite(there, levels, samples)
+            x[at] = there
             level[rows] += 1
-            first = None
+            holds = self.answer_holds(here, there)
+            is_stale[rows] = ~holds
+            if holds.any():
+                known = answer.placed(at, len(x), known)
         return x
+
+    def answer_holds(self, before: Tensor, after: Tensor) -> NDArray[np.bool_]:
+        """Rows (B,) whose answer at ``before`` is also that one step later, at ``after``: none, where the network sees
+        the level."""
+        return np.zeros(len(after), dtype=bool)
+
+    def _answers(
+        self,
+        known: Answer | None,
+        is_stale: NDArray[np.bool_],
+        rows: Int64,
+        x: Tensor,
+        level: Int64,
+        sample: Int64,
+    ) -> Answer:
+        """The answers of ``rows``, standing at x: those of ``known`` (all rows), and where stale, new ones."""
+        if known is None or is_stale.all():
+            return self.answer(x, level, sample)
+        kept = known.rows(rows)
+        if not is_stale.any():
+            return kept
+        asked = torch.from_numpy(np.flatnonzero(is_stale))
+        fresh = self.answer(x[asked], level[is_stale], sample[is_stale])
+        return fresh.placed(asked, len(rows), kept)
 
 
 def _require_finite(x: Tensor, level: Int64, sample: Int64) -> None:

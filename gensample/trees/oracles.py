@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from gensample.denoisers import Conditioning
 from gensample.interpolants import Float64, GaussianMixture, Interpolant
-from gensample.interpolants.oracles import MixtureTransition
+from gensample.interpolants.oracles import MixtureTransition, linear_chain_moments
 from gensample.noise import NoiseStream
 from gensample.trees.chain import Answer, Chain, Int64
 
@@ -152,3 +153,19 @@ def ddpm_times(num_steps: int, beta_start: float = 1e-3, beta_end: float = 0.07)
     abar = np.cumprod(1.0 - np.linspace(beta_start, beta_end, num_steps))[::-1]
     t = 1.0 - (2.0 / np.pi) * np.arctan2(np.sqrt(1.0 - abar), np.sqrt(abar))
     return np.append(t, 1.0)
+
+
+def affine_moments(chain: Chain) -> list[tuple[float, float, float]]:
+    """(P_i, q_i, R_i) with x_N | x_i ~ N(P_i x_i + q_i, R_i) in every coordinate, for i = 0, ..., N.
+
+    chain: one whose steps are affine and alike in all coordinates, as any one-stage solver's are on isotropic
+    Gaussian data; they are read off its own transitions at 0 and 1, so the law is the sampler's, not the data's.
+    """
+    x = torch.stack([torch.zeros(chain.shape), torch.ones(chain.shape)])
+    sample, steps = np.zeros(2, dtype=np.int64), []
+    for i in range(chain.num_steps):
+        level = np.full(2, i)
+        law: Any = chain.transition(x, level, chain.answer(x, level, sample))
+        offset, end = law.mean.flatten(1)[:, 0].tolist()
+        steps.append((end - offset, offset, float(torch.as_tensor(law.std).flatten()[0])))
+    return linear_chain_moments(*zip(*steps, strict=True))

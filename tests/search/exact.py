@@ -10,11 +10,10 @@ from torch import Tensor
 
 from gensample.denoisers import Denoiser
 from gensample.interpolants import GaussianMixture, make_interpolant
-from gensample.interpolants.oracles import linear_chain_moments
 from gensample.search import Method, Population, SearchProblem
 from gensample.solvers import Diffusion, make_solver
 from gensample.trees import DenoiserChain
-from gensample.trees.oracles import MixtureChain, ResponsibilityReward
+from gensample.trees.oracles import MixtureChain, ResponsibilityReward, affine_moments
 
 GVP, LINEAR = make_interpolant("gvp"), make_interpolant("linear")
 DATA_MEAN, DATA_VARIANCE = 0.5, 0.4
@@ -61,16 +60,7 @@ def gaussian_chain(
 
 def gaussian_law(chain: DenoiserChain) -> tuple[float, float]:
     """Mean and variance of each coordinate of the chain's samples, from its own affine steps."""
-    gains, offsets, stds = [], [], []
-    for step in range(chain.num_steps):
-        level, sample = np.array([step, step]), np.zeros(2, dtype=np.int64)
-        x = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-        law = chain.transition(x, level, chain.answer(x, level, sample))
-        offset = float(law.mean[0, 0])
-        gains.append(float(law.mean[1, 0]) - offset)
-        offsets.append(offset)
-        stds.append(float(torch.as_tensor(law.std).flatten()[0]))
-    p, q, r = linear_chain_moments(gains, offsets, stds)[0]
+    p, q, r = affine_moments(chain)[0]
     return q, p**2 + r
 
 

@@ -16,13 +16,12 @@ from diffusers import DDIMScheduler
 
 from gensample.denoisers import Denoiser
 from gensample.interpolants import GaussianMixture, make_interpolant
-from gensample.interpolants.oracles import linear_chain_moments
 from gensample.search import DTS, SearchProblem
 from gensample.search.dts import grow_forest
 from gensample.search.tree_run import TreeRun
 from gensample.solvers import Diffusion, make_solver
 from gensample.trees import Chain, DenoiserChain
-from gensample.trees.oracles import MixtureChain, ResponsibilityReward, ddpm_times
+from gensample.trees.oracles import MixtureChain, ResponsibilityReward, affine_moments, ddpm_times
 
 MEAN, VARIANCE = 0.7, 0.4
 RHO, CENTRE = 1.5, 1.4
@@ -82,24 +81,11 @@ def exp_chain(steps: int, eta: float) -> DenoiserChain:
     return DenoiserChain.from_solver(model, solver)
 
 
-def linear_moments(chain: DenoiserChain) -> list[tuple[float, float, float]]:
-    """The chain's own steps, read off its transition, composed."""
-    zero, one, sample = torch.zeros(1, 2), torch.ones(1, 2), np.zeros(1, dtype=np.int64)
-    steps = []
-    for i in range(chain.num_steps):
-        laws = [
-            chain.transition(x, np.array([i]), chain.answer(x, np.array([i]), sample)) for x in (zero, one)
-        ]
-        offset, end = (float(law.mean[0, 0]) for law in laws)
-        steps.append((end - offset, offset, float(torch.as_tensor(laws[0].std).flatten()[0])))
-    return linear_chain_moments(*zip(*steps, strict=True))
-
-
 @pytest.mark.parametrize(("build", "eta"), [(ddim_chain, 0.5), (ddim_chain, 1.0), (exp_chain, 1.0)])
 def test_a_gaussian_posterior_through_real_samplers(build: Callable[..., DenoiserChain], eta: float) -> None:
     """Z, and the posterior's mean and variance, of the very law that ten steps at this eta have."""
     steps = 10
-    p, q, r = linear_moments(build(steps, eta))[0]
+    p, q, r = affine_moments(build(steps, eta))[0]
     mean, variance = q, r + p * p  # of the sampler's own x_N: it starts from N(0, I)
     k = 1.0 + RHO * variance
     log_z = -math.log(k) - RHO * (mean - CENTRE) ** 2 / k

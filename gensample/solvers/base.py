@@ -1,10 +1,11 @@
 """What every solver is: a list of network evaluations at known times, and a pure update after each of them.
 
-A *step* goes from times[i] to times[i + 1]; a *stage* is one network evaluation, and a step has one or two.
+A *step* goes from times[i] to times[i + 1]; a *stage* is one network evaluation, and a step has one to four.
 ``update`` consumes one stage's output, so a sampling loop (``advance``) and a Diffusers ``scheduler.step`` are
-the same few lines around it.  State lives with the caller.
+the same few lines around it.  State lives with the caller.  A step draws noise once at most.
 
-Shapes: B = rows, ... = latent shape; x, output, noise: (B, ...).
+Shapes: B = rows, ... = latent shape; x, noise: (B, ...); output: (B, ...), or (B, heads C, ...) of a two-sided
+network.
 """
 
 from __future__ import annotations
@@ -12,41 +13,57 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from gensample.interpolants import Float64, Interpolant, initial_state
+from gensample.interpolants import Float64, Interpolant, TwoSidedInterpolant, initial_state
 from gensample.transitions import GaussianTransition
+
+if TYPE_CHECKING:
+    from gensample.solvers.diffusion import Diffusion
 
 Evaluate = Callable[[Tensor, float], Tensor]
 DrawNoise = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class SolverState:
-    """Which stage comes next, and the tensors (B, ...) carried from earlier stages."""
+Path = Interpolant | TwoSidedInterpolant
+
+
+class SolverState(NamedTuple):
+    """Which stage comes next, the tensors (B, ...) carried from earlier stages, and whether a step has been taken."""
 
     stage: int = 0
     carried: tuple[Tensor, ...] = ()
+    begun: bool = False
 
     def rows(self, index: Tensor) -> SolverState:
         """The state of some rows of the batch."""
-        return SolverState(self.stage, tuple(v[index] for v in self.carried))
+        return SolverState(self.stage, tuple(v[index] for v in self.carried), self.begun)
 
 
 class Solver(ABC):
-    """A time-discretised sampler of one interpolant for one prediction type."""
+    """A time-discretised sampler of one interpolant for one prediction type.
+
+    ``backward`` solvers walk from data to base: their times fall.
+    """
 
     name: str
-    path: Interpolant
+    path: Path
     prediction_type: str
     times: tuple[float, ...]
     stage_times: tuple[float, ...]
     step_of_stage: tuple[int, ...]
     is_markov: bool = False
+    backward: bool = False
+    diffusion: Diffusion | None = None
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one sample."""
+        return len(self.stage_times)
 
     @abstractmethod
     def needs_noise(self, stage: int) -> bool:
@@ -59,8 +76,11 @@ class Solver(ABC):
         """Consume the network's ``output`` at stage ``state.stage``; ``noise()`` draws standard normals."""
 
     def initial(self, noise: Tensor) -> Tensor:
-        """The state at times[0] for standard normal ``noise``: the noise itself except on the ve path."""
-        return initial_state(self.path, noise)
+        """The state at times[0] for standard normal ``noise``: the noise itself except on the ve path.
+
+        Where the walk starts at data, or at the base of a two-sided path, that sample stands for ``noise``.
+        """
+        return noise if is_two_sided(self.path) else initial_state(self.path, noise)  # type: ignore[arg-type]
 
     def network_input(self, x: Tensor, stage: int) -> Tensor:
         """What the network sees at ``stage``: x itself unless the solver keeps a rescaled state."""
@@ -100,11 +120,18 @@ def uniform_times(num_inference_steps: int, *, shift: float = 1.0) -> tuple[floa
     return tuple(float(1.0 - s) for s in sigma)
 
 
-def checked_times(times: Sequence[float]) -> tuple[float, ...]:
-    """``times`` as floats; raises unless they rise strictly within [0, 1]."""
+def checked_times(times: Sequence[float], *, backward: bool = False) -> tuple[float, ...]:
+    """``times`` as floats; raises unless they rise strictly within [0, 1], or fall for ``backward``."""
     grid: Float64 = np.asarray(times, dtype=np.float64)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"times={list(times)!r} must hold at least two times")
-    if not (np.all(np.isfinite(grid)) and grid[0] >= 0 and grid[-1] <= 1 and np.all(np.diff(grid) > 0)):
-        raise ValueError(f"times={list(times)!r} must rise strictly from noise to data within [0, 1]")
+    rising = grid[::-1] if backward else grid
+    if not (np.all(np.isfinite(grid)) and rising[0] >= 0 and rising[-1] <= 1 and np.all(np.diff(rising) > 0)):
+        way = "fall strictly from data to noise" if backward else "rise strictly from noise to data"
+        raise ValueError(f"times={list(times)!r} must {way} within [0, 1] (backward={backward})")
     return tuple(float(t) for t in grid)
+
+
+def is_two_sided(path: Path) -> bool:
+    """Whether ``path`` goes between two samples (a ``TwoSidedInterpolant``) rather than from noise to data."""
+    return hasattr(path, "gamma")

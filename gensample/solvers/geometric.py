@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gensample.interpolants import Interpolant, VEInterpolant, affine, axpby
+from gensample.interpolants import Interpolant, VEInterpolant, axpby
 from gensample.solvers.base import DrawNoise, Solver, SolverState, checked_times
 from gensample.solvers.diffusion import Diffusion
 from gensample.solvers.markov import AffineTable, MarkovSolver
-from gensample.solvers.multistage import Exponential2MSolver, HeunSolver
+from gensample.solvers.multistep import Exponential2MSolver
+from gensample.solvers.rows import field_row
+from gensample.solvers.runge_kutta import RungeKuttaSolver
 from gensample.transitions import GaussianTransition
 
 GeometricSampler = Literal["dale_langevin", "unconstrained", "ancestral", "exp2m", "ddim", "heun"]
@@ -143,7 +145,7 @@ class DaleLangevinSolver(MarkovSolver):
     def _build(self, prediction_type: str) -> AffineTable:
         rows = []
         for i in self.step_of_stage:
-            p, q = affine(self.path.coefficients(self.times[i]), prediction_type, "score")
+            p, q = field_row(self.path, prediction_type, self.times[i], "score")
             weight = 0.5 * (1.0 + self._churn**2) * self._increments[i]
             std = self._churn * self._scales[i] * math.sqrt(self._increments[i])
             rows.append((1.0 + weight * float(p), weight * float(q), std))
@@ -195,7 +197,7 @@ class UnconstrainedSolver(DaleLangevinSolver):
         """Consume the output of stage ``state.stage``; the state carries violations per row, (B,) int64."""
         x = x if x.dtype == torch.float64 else x.float()
         step = self.step_of_stage[state.stage]
-        p, q = affine(self.path.coefficients(self.times[step]), self.prediction_type, "score")
+        p, q = field_row(self.path, self.prediction_type, self.times[step], "score")
         e, drift = self._increments[step] * self._log_std**2, float(self._drifts[step])
         score = axpby(float(p), x, float(q), output.to(x.dtype)) / self._log_std  # grad_y log q
         factor = 1.0 + 0.5 * e - drift + e * score + self._scales[step] * math.sqrt(e) * noise().to(x)
@@ -251,7 +253,7 @@ def make_geometric_solver(
             f"samplers; sampler={sampler!r} has none of what was given"
         )
     if sampler == "heun":
-        return HeunSolver(**common)
+        return RungeKuttaSolver("heun", **common)
     if sampler == "ddim":
         return MarkovSolver("ddim", **common)
     diffusion = Diffusion("sbdm", churn**2)

@@ -91,7 +91,7 @@ def test_scale_is_linear() -> None:
 
 
 def test_bad_diffusions() -> None:
-    with pytest.raises(ValueError, match=r"kind='sgima'.*'constant', 'sigma', 'sbdm'"):
+    with pytest.raises(ValueError, match=r"kind='sgima'.*'constant', 'sigma', 'sigma-paper'"):
         Diffusion("sgima")  # type: ignore[arg-type]
     for scale in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"scale=.*0 gives the ODE"):

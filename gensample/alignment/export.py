@@ -31,8 +31,9 @@ def trained_component(pipe: Any) -> str:
 def export_lora(pipe: Any, folder: Path, *, dtype: torch.dtype, notes: Mapping[str, Any]) -> None:
     """Write the trained adapter to ``folder``/pytorch_lora_weights.safetensors, rank and alpha included.
 
-    Read it back with ``pipe.load_lora_weights(folder)``; with ``pipe.transformer.load_lora_adapter(folder,
-    prefix=None, use_safetensors=True)`` for ClassConditionalPipeline, which has no loader of its own.  ``notes`` become ``training.json``.
+    Read it back with ``pipe.load_lora_weights(folder)``; ClassConditionalPipeline has no loader of its own:
+    ``pipe.transformer.load_lora_adapter(folder, prefix=None, use_safetensors=True)``.
+    ``notes`` become ``training.json``.
 
     Raises ValueError for weights that are not finite in ``dtype``.
     """

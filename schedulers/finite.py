@@ -23,8 +23,10 @@ class FiniteGuard:
         Raises FloatingPointError naming step, noise level and sample of the first non-finite output.
         """
         # One reduction a step: a float32 sum is finite unless an entry is not, or the row has diverged.
+        on_cpu = output.is_cpu
+        if on_cpu and output.dtype is torch.float32 and math.isfinite(output.detach().sum().item()):
+            return
         output, dtype = output.detach(), torch.promote_types(output.dtype, torch.float32)
-        on_cpu = output.device.type == "cpu"
         if on_cpu and math.isfinite(float(output.sum(dtype=dtype))):
             return
         self._seen.append((step, sigma, output.flatten(1).sum(dim=1, dtype=dtype)))

@@ -14,7 +14,7 @@ Equations: Albergo et al., arXiv 2303.08797, section 4 and corollary 2.2; Ma et 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -24,12 +24,32 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
-from gensample.interpolants import PREDICTION_TYPES, Interpolant, axpby, make_interpolant
-from gensample.noise import GeneratorLike
-from gensample.schedulers.finite import FiniteGuard
-from gensample.schedulers.kept_latents import KeptLatents
-from gensample.schedulers.step_noise import StepNoise, draw_explicit
-from gensample.solvers import SOLVERS, STOCHASTIC_SOLVERS, Diffusion, Solver, SolverState, make_solver
+from gensample.interpolants import axpby
+from gensample.schedulers.interpolant_grid import (
+    check_prediction_type,
+    clock_times,
+    inherited_keys,
+    make_path,
+    stage_timesteps,
+    trailing_sigmas,
+)
+from gensample.schedulers.solver_walk import SolverWalk, checked_count
+from gensample.schedulers.step_noise import StepNoise
+from gensample.solvers import (
+    SOLVERS,
+    STOCHASTIC_SOLVERS,
+    Diffusion,
+    DiffusionKind,
+    LastStep,
+    Solver,
+    SolverState,
+    is_two_sided,
+    make_solver,
+    noise_level,
+    preset,
+    stages_per_step,
+)
+from gensample.solvers.rows import heads
 from gensample.transitions import GaussianTransition
 
 FLOW_MATCH_KEYS = (
@@ -39,22 +59,29 @@ FLOW_MATCH_KEYS = (
 )  # fmt: skip
 
 
-class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
+class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
     """Deterministic and marginal-preserving stochastic samplers for flow and interpolant models.
 
     The configuration is FlowMatchEulerDiscreteScheduler's (same names, same defaults, so ``from_config`` works in
     both directions) plus:
 
     Args:
-        path: ``linear`` (SD3, Flux), ``gvp`` or ``vp``; see ``gensample.interpolants``.
+        path: ``linear`` (SD3, Flux), ``gvp``, ``vp``, ``sbdm`` or ``polynomial``; see ``gensample.interpolants``.
+            With ``gamma``, a two-sided path: ``linear``, ``trig``, ``encoding_decoding``, ``mirror`` or
+            ``point_source``, whose walk starts from a sample of the base.
+        path_power: of ``polynomial`` and ``point_source``.
+        gamma, gamma_scale: the latent noise of a two-sided path; see ``gensample.interpolants.Gamma``.
         prediction_type: what the network outputs: ``flow_prediction`` (what FlowMatchEuler integrates: noise
             minus data, or data minus noise under ``invert_sigmas``), ``velocity`` (dx/dt towards the data),
-            ``epsilon``, ``sample``, ``v_prediction`` or ``score``.
-        solver: ``euler``, ``ddim``, ``heun`` (two evaluations a step) for the ODE; ``em``, ``exp``, ``exp2m`` for
-            the SDE; see ``gensample.solvers``.
-        diffusion, diffusion_scale: eps(t) of ``em``, ``exp`` and ``exp2m``; see ``gensample.solvers.Diffusion``.
+            ``epsilon``, ``sample``, ``v_prediction`` or ``score``; of a two-sided network its heads, such as
+            ``velocity+noise``, stacked on the channels.
+        solver: ``euler``, ``ddim``, ``ab2``, ``heun``, ``midpoint`` (two evaluations a step) or ``rk4`` (four) for the
+            ODE; ``em``, ``exp``, ``exp2m``, ``sheun`` or ``strang`` (two) for the SDE; see ``gensample.solvers``.
+        diffusion, diffusion_scale, diffusion_cost: eps(t) of the SDE; see ``gensample.solvers.Diffusion``.
+        last_step: of ``em``: ``x0``, or ``mean`` of its own rule as SiT and REPA do.
         timestep_spacing: ``trailing`` is sigma = 1, ..., 1/N before shifting; ``linspace`` is FlowMatchEuler's own
             default, whose last step is almost empty because the smallest shifted sigma is shifted again.
+        last_step_size: of ``trailing``: the last sigma before shifting, instead of 1/N.
         seed: of the scheduler's own noise (None: fresh entropy).  Every ``set_timesteps`` begins a new run, whose
             noise is independent of the previous one; ``set_generator`` overrides it.
 
@@ -67,10 +94,6 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012 (Diffusers' own attribute)
     order = 1
-
-    _state: SolverState | None
-    _kept: KeptLatents
-    _finite: FiniteGuard
 
     @register_to_config
     def __init__(
@@ -89,36 +112,43 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         use_beta_sigmas: bool = False,
         time_shift_type: Literal["exponential", "linear"] = "exponential",
         stochastic_sampling: bool = False,
-        path: Literal["linear", "gvp", "vp"] = "linear",
+        path: str = "linear",
         prediction_type: str = "flow_prediction",
         solver: str = "euler",
-        diffusion: Literal["constant", "sigma", "sbdm"] = "sigma",
+        diffusion: DiffusionKind = "sigma",
         diffusion_scale: float = 1.0,
         timestep_spacing: Literal["trailing", "linspace"] = "trailing",
         seed: int | None = None,
+        path_power: float = 2.0,
+        gamma: str | None = None,
+        gamma_scale: float = 1.0,
+        diffusion_cost: float = 0.0,
+        last_step: LastStep = "x0",
+        last_step_size: float | None = None,
     ) -> None:
         _check_choice("solver", solver, SOLVERS)
-        _check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _check_choice("timestep_spacing", timestep_spacing, ("trailing", "linspace"))
-        _check_choice(
-            "path", path, ("linear", "gvp", "vp")
-        )  # pipelines start from N(0, I), which ve does not
+        _check_choice("last_step", last_step, ("x0", "mean") if solver == "em" else ("x0",))
         if stochastic_sampling:
             raise ValueError(
                 "stochastic_sampling=True re-noises fully at every step and halves the variance; use "
                 "stochastic_sampling=False with solver='exp', 'exp2m' or 'em'"
             )
-        self._path: Interpolant = make_interpolant(path)
-        self._diffusion = Diffusion(diffusion, diffusion_scale)
+        if last_step_size is not None and not (0 < last_step_size < 1 and timestep_spacing == "trailing"):
+            raise ValueError(
+                f"last_step_size={last_step_size} must lie in (0, 1), with timestep_spacing='trailing'"
+            )
+        self.path = make_path(path, power=path_power, gamma=gamma, gamma_scale=gamma_scale)
+        check_prediction_type(self.path, prediction_type)
+        self._diffusion = Diffusion(diffusion, diffusion_scale, diffusion_cost)
         self._levels = FlowMatchEulerDiscreteScheduler(**{key: self.config[key] for key in FLOW_MATCH_KEYS})
         self._noise = StepNoise(seed)
-        self.order = 2 if solver == "heun" else 1
+        self.order = stages_per_step(solver)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.sigmas: Tensor = self._levels.sigmas
         self.timesteps: Tensor = self._levels.timesteps
         self._times = tuple(1.0 - s for s in self.sigmas.double().tolist())
-        self._solver: Solver | None = None
         self._begin_index: int | None = None
         self._reset()
 
@@ -131,34 +161,16 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         Raises ValueError for the configuration of a discrete DDPM process (unless ``path`` is given), which would
         otherwise be read as a flow.
         """
-        given = {**config, **kwargs} if isinstance(config, dict) else kwargs
-        kind = given.get("prediction_type", "flow_prediction")
-        if "beta_schedule" in given and "path" not in given and kind in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"this configuration is of a discrete diffusion (beta_schedule={given['beta_schedule']!r}, "
-                f"prediction_type={kind!r}), not of a flow: use gensample.sample(pipe, solver=...), which takes any "
-                "pipeline, or pass path= and prediction_type= yourself"
-            )
-        if "flow_shift" in given and "shift" not in given:
-            kwargs["shift"] = given["flow_shift"]  # the name in UniPC's and DPM-Solver's configurations
+        kwargs.update(inherited_keys({**config, **kwargs} if isinstance(config, dict) else kwargs))
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> StochasticInterpolantScheduler:
+        """The scheduler of a published sampler of ``gensample.solvers.PRESETS``; ``options`` override its keys."""
+        return cls(**{**preset(name).scheduler_config(), **options})
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
-
-    @property
-    def solver(self) -> Solver:
-        """The solver over the current grid of times; raises ValueError before ``set_timesteps``."""
-        if self._solver is None:
-            raise ValueError(
-                "the scheduler has no time grid yet; call set_timesteps(num_inference_steps) first"
-            )
-        return self._solver
-
-    @property
-    def step_index(self) -> int | None:
-        """Index into ``timesteps`` of the next ``step``; None before the first."""
-        return None if self._state is None else self._state.stage
 
     @property
     def begin_index(self) -> int | None:
@@ -170,13 +182,6 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if self._solver is not None:
             self._check_step_start(begin_index)
         self._begin_index = begin_index
-
-    def set_generator(self, generator: GeneratorLike) -> None:
-        """Draw the noise of the coming runs from an int, a ``torch.Generator``, or a list with one per sample.
-
-        None returns to ``config.seed``.  A list makes every sample independent of its batch.
-        """
-        self._noise = StepNoise(self.config.seed if generator is None else generator)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself."""
@@ -193,32 +198,34 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         """Set the grid and begin a new run of noise.
 
         Arguments as FlowMatchEulerDiscreteScheduler's; given ``sigmas`` are shifted as there.  ``timesteps`` has
-        one entry per network evaluation: N, or 2 N - 1 for ``heun``; ``sigmas`` has N + 1, the last 0.
+        one entry per network evaluation: ``order`` for each of the N steps, for the last of ``heun`` and ``rk4`` one
+        less, so that ``timesteps[k * order:]`` are the last N - k steps; ``sigmas`` has N + 1, the last 0.
 
         Raises ValueError for a step count that is not a positive integer, or sigmas that do not fall strictly.
         """
-        count = num_inference_steps
-        if count is None and sigmas is None and timesteps is None:
+        if num_inference_steps is None and sigmas is None and timesteps is None:
             raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
-        if count is not None and (isinstance(count, bool) or int(count) != count or count < 1):
-            raise ValueError(f"num_inference_steps={count!r} must be a whole number and at least 1")
+        count = None if num_inference_steps is None else checked_count(num_inference_steps)
         if count is not None and sigmas is timesteps is None and self.config.timestep_spacing == "trailing":
-            sigmas = np.linspace(1.0, 1.0 / count, int(count)).tolist()
+            sigmas = trailing_sigmas(count, self.config.last_step_size)
         self._levels.set_timesteps(count, sigmas=sigmas, mu=mu, timesteps=timesteps)
-        times = self._times_of(self._levels.sigmas)
+        times = clock_times(self._levels.sigmas, inverted=self.config.invert_sigmas)
         solver = self._make_solver(times)
-        level = {t: i for i, t in enumerate(times)}
-        stages = [level[t] for t in solver.stage_times]
         self._times, self._solver = times, solver
         self.num_inference_steps = len(times) - 1
         self.sigmas = self._levels.sigmas
-        self.timesteps = self._levels.timesteps[stages].to(device)
+        self.timesteps = stage_timesteps(self._levels, times, solver.stage_times).to(device)
+        steps = solver.step_of_stage
+        inner = [False, *(a == b for a, b in pairwise(steps))]
+        levels = [float(noise_level(self.path, t)) for t in solver.stage_times]
+        self._stages = list(zip(steps, inner, levels, strict=True))
+        self._channels = len(heads(self.path, solver.prediction_type))
         self._begin_index = None
         self._noise.restart()
         self._reset()
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """Index of ``timestep`` in the schedule; of two equal entries the second, which starts a Heun step.
+        """Index of ``timestep`` in the schedule; of equal entries the one that starts a step.
 
         Raises ValueError if it is not one of them.
         """
@@ -228,14 +235,20 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"timestep={float(timestep)} is not in the schedule; pass an entry of scheduler.timesteps, not an index"
             )
-        return int(found[1] if len(found) > 1 else found[0])
+        return int(found[1] if len(found) > 1 else found[0])  # the first of two ends the step before
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """alpha(t) noise + beta(t) sample, (B, ...) with the dtype of ``sample``.
 
         timestep: entries of ``timesteps``, (B,) or one for all.  As in FlowMatchEulerDiscreteScheduler the level is
         that of ``begin_index`` if set, and of the next step once stepping has begun.
+
+        Raises ValueError on a two-sided path, whose x_t needs a base too.
         """
+        if is_two_sided(self.path):
+            raise ValueError(
+                "a two-sided path mixes a base, data and noise; mix them with its coefficients yourself"
+            )
         index: list[int]
         if self._begin_index is None:
             index = [self.index_for_timestep(t) for t in torch.as_tensor(timestep).reshape(-1)]
@@ -243,7 +256,7 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
             index = [self._begin_index if self._state is None else self._state.stage]
         levels = [self._level_of(i) for i in index]
         t = levels[0] if len(levels) == 1 else np.asarray(levels)
-        c = self._path.coefficients(t)
+        c = self.path.coefficients(t)
         return axpby(c.alpha, noise.float(), c.beta, sample.float()).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: float | Tensor) -> Tensor:
@@ -253,7 +266,10 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
     def transition(
         self, i: int | Tensor, x: Tensor, output: Tensor, output_type: str = "native"
     ) -> GaussianTransition:
-        """The law of x_{i+1} given x_i, pure; see ``Solver.transition``.  Raises for ``heun`` and ``exp2m``."""
+        """The law of x_{i+1} given x_i, pure, to draw from and to score (``log_prob``); see ``Solver.transition``.
+
+        Raises ValueError for solvers of several stages or steps.
+        """
         return self.solver.transition(i, x, output, output_type)
 
     def step(
@@ -266,58 +282,48 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """One network evaluation further: ``prev_sample`` (B, ...) with the dtype of ``model_output``.
 
-        Between the two stages of a ``heun`` step it is the point at which the second stage evaluates.  Latents
-        stay in float32: if ``sample`` is the very tensor returned before, its unrounded values are used.
-        ``generator`` overrides the scheduler's own noise for this step.
+        Between the stages of a step it is the point at which the next stage evaluates.  Latents stay in float32: if
+        ``sample`` is the very tensor returned before, its unrounded values are used.  ``generator`` overrides the
+        scheduler's own noise for this step.
 
         Raises FloatingPointError naming step, noise level and sample for a non-finite output (off a CPU: at the
         last step), ValueError for shapes that differ or a timestep outside the schedule.
         """
-        solver = self.solver
+        if self._solver is None:
+            return self.solver  # which raises
         if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must have one shape; split "
-                "off a learned variance first"
-            )
-        if self._state is None:
-            self._state = SolverState(self._first_stage(timestep))
-        stage, last_stage = self._state.stage, len(solver.stage_times) - 1
-        if stage > last_stage:
+            self._check_shape(model_output, sample)
+        state = self._state or SolverState(self._first_stage(timestep))
+        last_stage = len(self._stages) - 1
+        if state.stage > last_stage:
             raise ValueError(f"all {last_stage + 1} steps are done; call set_timesteps before stepping again")
-        step = solver.step_of_stage[stage]
-        sigma = float(self._path.coefficients(solver.stage_times[stage]).alpha)
-        self._finite.check(model_output, step, sigma, last=stage == last_stage)
-        x = self._kept.take(sample, within_step=stage > 0 and solver.step_of_stage[stage - 1] == step)
-        draw = (
-            partial(self._noise.draw, x, step) if generator is None else partial(draw_explicit, x, generator)
-        )
-        x, self._state = solver.update(x, model_output, self._state, draw)
-        if stage == last_stage or sample.device.type == "cpu":
-            self._kept.report()
+        step, inner, level = self._stages[state.stage]
+        last = state.stage == last_stage
+        self._finite.check(model_output, step, level, last=last)
+        x = self._kept.take(sample, within_step=inner)
+        x, self._state = self._solver.update(x, model_output, state, self._draw(x, step, generator))
+        if self._kept.edits and (last or sample.is_cpu):
+            self._kept.report(self.config.solver)
         prev_sample = self._kept.put(x, model_output.dtype)
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-    def _times_of(self, sigmas: Tensor) -> tuple[float, ...]:
-        levels = sigmas.double().cpu().numpy()
-        times = levels if self.config.invert_sigmas else 1.0 - levels
-        if not (np.all(np.isfinite(times)) and times[0] >= 0.0 and np.all(np.diff(times) > 0)):
+    def _check_shape(self, model_output: Tensor, sample: Tensor) -> None:
+        batch, channels, *rest = sample.shape
+        if tuple(model_output.shape) != (batch, channels * self._channels, *rest) or self._channels == 1:
             raise ValueError(
-                f"sigmas={levels.tolist()} must lie in (0, 1] and fall strictly (0 is appended); check sigmas, "
-                "timesteps and shift_terminal"
+                f"model_output {tuple(model_output.shape)} and sample {tuple(sample.shape)} must have one shape (times "
+                f"{self._channels} heads on dimension 1); split off a learned variance first"
             )
-        return tuple(times.tolist())
 
     def _make_solver(self, times: tuple[float, ...]) -> Solver:
         name, kind = self.config.solver, self.config.prediction_type
         if kind == "flow_prediction" and self.config.invert_sigmas:
             kind = "velocity"
-        diffusion = self._diffusion if name in STOCHASTIC_SOLVERS else None
-        return make_solver(name, path=self._path, prediction_type=kind, times=times, diffusion=diffusion)
-
-    def _reset(self) -> None:
-        self._state = None
-        self._kept = KeptLatents()
-        self._finite = FiniteGuard()
+        stochastic = name in STOCHASTIC_SOLVERS
+        return make_solver(
+            name, path=self.path, prediction_type=kind, times=times, last_step=self.config.last_step,
+            diffusion=self._diffusion if stochastic else None,
+        )  # fmt: skip
 
     def _first_stage(self, timestep: float | Tensor) -> int:
         stage = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
@@ -329,7 +335,9 @@ class StochasticInterpolantScheduler(SchedulerMixin, ConfigMixin):
         if not 0 <= stage < len(steps):
             raise ValueError(f"begin_index={stage} must lie in 0, ..., {len(steps) - 1}")
         if stage > 0 and steps[stage - 1] == steps[stage]:
-            raise ValueError(f"begin_index={stage} is the second stage of a step; begin at an even index")
+            raise ValueError(
+                f"begin_index={stage} is the second stage of a step; begin at a multiple of order={self.order}"
+            )
 
     def _level_of(self, stage: int) -> float:
         """Time of a stage; of an entry of the training grid before ``set_timesteps``; 1 after the last stage."""

@@ -22,36 +22,36 @@ class KeptLatents:
         self._returned: Tensor | None = None
         self._version: int | None = None
         self._exact: Tensor | None = None
-        self._edits: list[Tensor] = []
+        self.edits: list[Tensor] = []
 
     def put(self, exact: Tensor, dtype: torch.dtype) -> Tensor:
         """Keep ``exact`` (B, ...) and return it in ``dtype``."""
-        returned = exact.to(dtype)
+        returned = exact if exact.dtype is dtype else exact.to(dtype)
         self._returned, self._version, self._exact = returned, _version(returned), exact
         return returned
 
     def take(self, sample: Tensor, *, within_step: bool) -> Tensor:
         """``sample`` (B, ...) in float32 or float64, unrounded if it is the returned tensor, untouched.
 
-        A change of the point between two stages of one step (``within_step``) cannot be honoured: it is noted,
-        without waiting for a device, and :meth:`report` warns of it.
+        A change of the point between two stages of one step (``within_step``) cannot be honoured: it is noted in
+        ``edits``, without waiting for a device, and :meth:`report` warns of it.
         """
         same = sample is self._returned
         if same and self._exact is not None and self._version == _version(sample) is not None:
             return self._exact
         if within_step and self._returned is not None:
             if not same:
-                self._edits.append((sample != self._returned).any())
+                self.edits.append((sample != self._returned).any())
             elif self._version is not None:
-                self._edits.append(torch.tensor(True))
+                self.edits.append(torch.tensor(True))
         return sample if sample.dtype == torch.float64 else sample.float()
 
-    def report(self) -> None:
+    def report(self, solver: str) -> None:
         """Warn if a change was noted since the last report."""
-        edits, self._edits = self._edits, []
+        edits, self.edits = self.edits, []
         if any(bool(edit) for edit in edits):
             warnings.warn(
-                "the sample was changed between the two stages of a heun step, and the change is lost; edit "
+                f"the sample was changed between the stages of a {solver} step, and the change is lost; edit "
                 "latents after whole steps, or use a solver with one stage such as 'exp2m'",
                 stacklevel=3,
             )

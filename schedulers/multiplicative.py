@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -32,11 +31,10 @@ from gensample.interpolants.geometric import (
     safe_exp,
 )
 from gensample.noise import GeneratorLike, NoiseStream
-from gensample.schedulers.finite import FiniteGuard
-from gensample.schedulers.kept_latents import KeptLatents
 from gensample.schedulers.multiplicative_grid import GRIDS, Grid, geometric_times, paper_steps
 from gensample.schedulers.multiplicative_presets import paper_preset, recommended_preset
-from gensample.schedulers.step_noise import StepNoise, draw_explicit
+from gensample.schedulers.solver_walk import SolverWalk, checked_count
+from gensample.schedulers.step_noise import StepNoise
 from gensample.solvers import Solver, SolverState
 from gensample.solvers.geometric import GEOMETRIC_SAMPLERS, GeometricSampler, make_geometric_solver
 from gensample.transitions import GaussianTransition
@@ -53,7 +51,7 @@ class GBMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class GBMScheduler(SchedulerMixin, ConfigMixin):
+class GBMScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
     """Samplers of geometric Brownian motion and of the exponential Ornstein-Uhlenbeck process.
 
     Args:
@@ -73,6 +71,8 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
         state: whether samples are log x or x.  In half precision, and for sigma beyond 16, keep ``log``.
         seed: of the scheduler's own noise; ``set_generator`` overrides it.
 
+    ``solver`` is the solver of u over the current grid, for outputs of type epsilon.
+
     ``clamped`` counts the values of the present run whose exponential would have been 0 or infinite.
 
     Raises ValueError for options out of range, or that do not belong together.
@@ -81,9 +81,6 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0  # does not apply: start from sample_prior
 
-    _state: SolverState | None
-    _kept: KeptLatents
-    _finite: FiniteGuard
     clamped: int
 
     @register_to_config
@@ -133,7 +130,6 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
             log_mean=log_mean, log_std=log_std, prior_mean=prior_mean, prior_std=prior_std,
             prediction_type=prediction_type, network_input=network_input,
         )  # fmt: skip
-        self._solver: Solver | None = None
         self._noise = StepNoise(seed)
         self.order = 2 if sampler == "heun" else 1
         self.num_inference_steps: int | None = None
@@ -155,31 +151,10 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    @property
-    def solver(self) -> Solver:
-        """The solver of u over the current grid, for outputs of type epsilon; ValueError before set_timesteps."""
-        if self._solver is None:
-            raise ValueError(
-                "the scheduler has no time grid yet; call set_timesteps(num_inference_steps) first"
-            )
-        return self._solver
-
-    @property
-    def step_index(self) -> int | None:
-        """Index into ``timesteps`` of the next ``step``; None before the first."""
-        return None if self._state is None else self._state.stage
-
-    def set_generator(self, generator: GeneratorLike) -> None:
-        """Draw the noise of the coming runs from an int, a ``torch.Generator``, a list of them, or ``config.seed``."""
-        self._noise = StepNoise(self.config.seed if generator is None else generator)
-
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set a grid of ``num_inference_steps`` steps and begin a new run of noise."""
-        count = num_inference_steps
-        if isinstance(count, bool) or int(count) != count or count < 1:
-            raise ValueError(f"num_inference_steps={count!r} must be a whole number and at least 1")
-        self._solver = self._make_solver(int(count))
-        self.num_inference_steps = int(count)
+        self.num_inference_steps = checked_count(num_inference_steps)
+        self._solver = self._make_solver(self.num_inference_steps)
         self.timesteps = self._network_times(np.asarray(self._solver.stage_times)).to(device)
         self._noise.restart()
         self._reset()
@@ -250,9 +225,7 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
         u = self._standardised(self._kept.take(sample, within_step=self._second_stage(stage)), t)
         epsilon = self.process.to_epsilon(model_output.to(u.dtype), u, t)
         self._finite.check(epsilon, step, float(self.process.ratio(t)), last=stage == last)
-        draw = (
-            partial(self._noise.draw, u, step) if generator is None else partial(draw_explicit, u, generator)
-        )
+        draw = self._draw(u, step, generator)
         c = self.process.path.coefficients(t)
         clean = safe_exp(self.process.log_x(convert(epsilon, u, c, "epsilon", "x0"), 1.0))[0].to(sample.dtype)
         moved, self._state = solver.update(u, epsilon, self._state, draw)
@@ -281,8 +254,7 @@ class GBMScheduler(SchedulerMixin, ConfigMixin):
         return torch.from_numpy(np.asarray(self.process.timestep(times))).float()
 
     def _reset(self) -> None:
-        self._state = None
-        self._kept, self._finite = KeptLatents(), FiniteGuard()
+        super()._reset()
         self.clamped = 0
 
     def _second_stage(self, stage: int) -> bool:

@@ -11,6 +11,7 @@ from gensample.solvers.base import (
     is_two_sided,
     uniform_times,
 )
+from gensample.solvers.describe import SolverDescription, describe
 from gensample.solvers.diffusion import DIFFUSIONS, Diffusion, DiffusionKind, noise_level
 from gensample.solvers.make import (
     DETERMINISTIC_SOLVERS,
@@ -21,11 +22,13 @@ from gensample.solvers.make import (
 )
 from gensample.solvers.markov import AffineTable, LastStep, MarkovName, MarkovSolver
 from gensample.solvers.multistep import AdamsBashforthSolver, Exponential2MSolver
+from gensample.solvers.presets import PRESETS, SolverPreset, preset
 from gensample.solvers.runge_kutta import RungeKuttaSolver
 
 __all__ = [
     "DETERMINISTIC_SOLVERS",
     "DIFFUSIONS",
+    "PRESETS",
     "SOLVERS",
     "STOCHASTIC_SOLVERS",
     "AdamsBashforthSolver",
@@ -41,12 +44,16 @@ __all__ = [
     "Path",
     "RungeKuttaSolver",
     "Solver",
+    "SolverDescription",
+    "SolverPreset",
     "SolverState",
     "advance",
     "checked_times",
+    "describe",
     "is_two_sided",
     "make_solver",
     "noise_level",
+    "preset",
     "stages_per_step",
     "uniform_times",
 ]

@@ -60,5 +60,5 @@ def test_a_change_between_the_stages_of_heun_is_reported_at_the_last_step() -> N
     x = start(1, 4)
     x = 2 * scheduler.step(x, scheduler.timesteps[0], x).prev_sample
     x = scheduler.step(x, scheduler.timesteps[1], x).prev_sample
-    with pytest.warns(UserWarning, match="between the two stages"):
+    with pytest.warns(UserWarning, match="between the stages"):
         scheduler.step(x, scheduler.timesteps[2], x)

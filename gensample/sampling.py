@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
 from gensample.guidance import DenoiserCalls, Guidance
-from gensample.interpolants import convert
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
 from gensample.schedulers.solver_adapter import SchedulerSolver
@@ -50,8 +49,7 @@ class StepState:
     def x0(self) -> Tensor:
         """The model's current guess of the clean sample, (B, ...): what live previews show."""
         x, t = self.at
-        c = self.denoiser.path.coefficients(t)
-        return convert(self.output, x, c, self.denoiser.prediction_type, "x0")
+        return self.denoiser.field(self.output, x, t, "x0")
 
     def preview(self) -> Tensor:
         """``x0`` decoded to images (B, C, H, W) in [0, 1]."""

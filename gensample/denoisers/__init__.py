@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gensample.denoisers.base import Denoiser, NativeOutput
+from gensample.denoisers.base import Denoiser
 from gensample.denoisers.conditioning import Conditioning
 from gensample.denoisers.from_pipeline import denoiser_from_pipeline
+from gensample.denoisers.native import NativeOutput
 from gensample.denoisers.process import FlowTimes, Process, TableTimes, TimeMap, flow_process, process_of
 
 __all__ = [

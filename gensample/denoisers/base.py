@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from gensample.denoisers.adapters import adapters_disabled
 from gensample.denoisers.attention import attention_of
 from gensample.denoisers.conditioning import Conditioning
+from gensample.denoisers.native import NativeOutput, field_of, native_output
 from gensample.denoisers.process import (
     FlowTimes,
     Process,
@@ -26,22 +26,10 @@ from gensample.denoisers.process import (
     process_of,
     scheduler_times,
 )
-from gensample.interpolants import Float64, Interpolant, affine, convert, make_interpolant
+from gensample.interpolants import Coefficients, Float64, Interpolant, affine, make_interpolant
 
 Network = nn.Module | Callable[..., Any]
 Time = float | Float64 | Tensor
-
-
-@dataclass(frozen=True)
-class NativeOutput:
-    """What a network answered, in its own prediction type: output (B, ...), and its learned variance, if any.
-
-    ``variance`` is the second half of the channels of a learned-variance model, raw, as its scheduler expects it
-    (the log-interpolation weight in [-1, 1] for "learned_range").
-    """
-
-    output: Tensor
-    variance: Tensor | None = None
 
 
 class Denoiser:
@@ -177,7 +165,8 @@ class Denoiser:
         with torch.set_grad_enabled(grad), context, attention:
             state = self.network_state(x.to(self.device), t).to(dtype)
             answer = self.forward(module, state, timestep, self._fields(cond, dtype))
-            native = _native(answer.to(torch.promote_types(x.dtype, torch.float32)), x)
+            wide = answer.to(torch.promote_types(x.dtype, torch.float32))
+            native = native_output(wide, x, self.path, self.prediction_type)
             native = NativeOutput(self.meaning(native.output, x, t), native.variance)
         self.evaluations += x.shape[0]
         return native
@@ -191,10 +180,15 @@ class Denoiser:
         no evaluation is spent on it.
         """
         coefficients = self.path.coefficients(_host(t))
-        affine(coefficients, self.prediction_type, "x0")
+        if isinstance(coefficients, Coefficients):
+            affine(coefficients, self.prediction_type, "x0")
         output = self.denoise(x, t, cond, net=net, grad=grad).output
         with torch.set_grad_enabled(grad):
-            return convert(output, x.to(output), coefficients, self.prediction_type, "x0")
+            return self.field(output, x, t, "x0")
+
+    def field(self, output: Tensor, x: Tensor, t: Time, field: str) -> Tensor:
+        """What an answer of :meth:`denoise` at (x, t) says of a field: "x0", "velocity" ...; see ``interpolants``."""
+        return field_of(output, x, self.path.coefficients(_host(t)), self.prediction_type, field)
 
     def decode(self, x: Tensor, *, micro_batch: int = 8, grad: bool = False) -> Tensor:
         """Samples (B, ...) to images (B, C, H, W), float32 in [0, 1], ``micro_batch`` at a time."""
@@ -320,19 +314,6 @@ def _checked_steps(num_inference_steps: Any) -> int:
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
     return int(num_inference_steps)
-
-
-def _native(answer: Tensor, x: Tensor) -> NativeOutput:
-    """Split a learned-variance answer (twice the channels of x) into output and variance."""
-    if answer.shape == x.shape:
-        return NativeOutput(answer)
-    if answer.ndim > 1 and answer.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
-        output, variance = answer.chunk(2, dim=1)
-        return NativeOutput(output, variance)
-    raise ValueError(
-        f"the network answered shape {tuple(answer.shape)} to x of shape {tuple(x.shape)}; the same shape, or "
-        "twice the channels (learned variance), is expected"
-    )
 
 
 def _host(t: Time) -> Any:

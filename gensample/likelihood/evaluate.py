@@ -19,11 +19,13 @@ from torch import Tensor
 
 from gensample.denoisers import Conditioning, Denoiser
 from gensample.denoisers.multiplicative import MultiplicativeDenoiser
-from gensample.interpolants import affine, convert, initial_state
+from gensample.interpolants import initial_state
 from gensample.likelihood.divergence import Divergence, Exact, Hutchinson, Velocity
 from gensample.likelihood.transport import Method, transport
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.sampling import as_denoiser
+from gensample.solvers import is_two_sided
+from gensample.solvers.rows import field_row
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -126,6 +128,10 @@ def log_likelihood(
             f"{tuple(x.shape)} is not one row for each of {len(keys)} conditions, of shape {denoiser.latent_shape}"
         )
     grid = _grid(denoiser, num_inference_steps) if times is None else list(times)
+    if base_log_prob is None and is_two_sided(denoiser.path):
+        raise ValueError(
+            "this model starts from data, not from noise: give the log-density of its base as base_log_prob"
+        )
     log_base = base_log_prob or _noise_density(denoiser)
     divergence = divergence or Hutchinson()
     before = denoiser.evaluations
@@ -149,9 +155,7 @@ def velocity_of(denoiser: Denoiser, cond: Conditioning) -> Velocity:
     """b(x, t) of a denoiser under a conditioning, with a graph to x."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        output = denoiser.denoise(x, t, cond, grad=True).output
-        c = denoiser.path.coefficients(t)
-        return convert(output, x.to(output), c, denoiser.prediction_type, "velocity")
+        return denoiser.field(denoiser.denoise(x, t, cond, grad=True).output, x, t, "velocity")
 
     return velocity
 
@@ -163,7 +167,7 @@ def _grid(denoiser: Denoiser, num_inference_steps: int) -> list[float]:
     ends = []
     for end, inside in ((denoiser.time_map.start, 1e-3), (1.0, -1e-3)):
         try:
-            affine(denoiser.path.coefficients(end), denoiser.prediction_type, "velocity")
+            field_row(denoiser.path, denoiser.prediction_type, end, "velocity")
         except ValueError:
             end += inside
         ends.append(end)

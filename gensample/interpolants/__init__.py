@@ -1,5 +1,6 @@
 """Interpolants between noise, or any other law, and data: paths, conversions, objectives, couplings, oracles."""
 
+from gensample.interpolants.couplings import Coupled, Coupling
 from gensample.interpolants.fields import (
     FIELDS,
     PREDICTION_TYPES,
@@ -11,7 +12,17 @@ from gensample.interpolants.fields import (
     per_row,
 )
 from gensample.interpolants.gammas import Gamma
-from gensample.interpolants.objectives import TimeLaw, interpolate, interpolation_loss, sample_times, target
+from gensample.interpolants.objectives import (
+    LossForm,
+    LossWeight,
+    TimeLaw,
+    dimension_shift,
+    interpolate,
+    interpolation_loss,
+    loss_weight,
+    sample_times,
+    target,
+)
 from gensample.interpolants.oracles import GaussianMixture
 from gensample.interpolants.paths import (
     Coefficients,
@@ -48,12 +59,19 @@ from gensample.interpolants.two_sided_fields import (
     heads_of,
     split_heads,
 )
+from gensample.interpolants.two_sided_objectives import (
+    interpolate_two_sided,
+    two_sided_loss,
+    two_sided_target,
+)
 
 __all__ = [
     "FIELDS",
     "PREDICTION_TYPES",
     "TWO_SIDED_FIELDS",
     "Coefficients",
+    "Coupled",
+    "Coupling",
     "EncodingDecoding",
     "Field",
     "Float64",
@@ -62,6 +80,8 @@ __all__ = [
     "GaussianMixture",
     "Interpolant",
     "LinearInterpolant",
+    "LossForm",
+    "LossWeight",
     "Mirror",
     "PointSource",
     "PolynomialInterpolant",
@@ -83,15 +103,20 @@ __all__ = [
     "convert_heads",
     "describe_interpolant",
     "describe_two_sided",
+    "dimension_shift",
     "gvp_time",
     "heads_of",
     "initial_state",
     "interpolate",
+    "interpolate_two_sided",
     "interpolation_loss",
+    "loss_weight",
     "make_interpolant",
     "make_two_sided",
     "per_row",
     "sample_times",
     "split_heads",
     "target",
+    "two_sided_loss",
+    "two_sided_target",
 ]

@@ -23,7 +23,7 @@ from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
 from gensample.schedulers.solver_adapter import SchedulerSolver
 from gensample.schedulers.step_noise import queued_to
-from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver
+from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver, noise_level
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -66,6 +66,37 @@ class SampleOutput:
     evaluations: int
 
 
+class _Evaluations:
+    """The network under guidance, as a solver asks for it; remembers the last answer and where it was given."""
+
+    def __init__(self, denoiser: Denoiser, cond: Conditioning, guidance: Guidance | None) -> None:
+        self._denoise, self._cond, self._guidance = DenoiserCalls(denoiser), cond, guidance
+        self._memory: object = None
+        self.output: Tensor
+        self.at: tuple[Tensor, float]
+        self.info: dict[str, Tensor] = {}
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        self.at = x, t
+        if self._guidance is None:
+            self.output = self._denoise(x, t, self._cond)
+        else:
+            guided = self._guidance(x, t, self._denoise, self._cond, self._memory)
+            self.output, self._memory, self.info = guided.output, guided.state, guided.info
+        return self.output
+
+
+class _Draws:
+    """Standard normals (B, ...) of ``step``, from stream (seed, sample, path=(step,), "step")."""
+
+    def __init__(self, noise: NoiseStream, latents: Tensor) -> None:
+        self._noise, self._shape, self._device = noise, latents.shape[1:], latents.device
+        self.step = 0
+
+    def __call__(self) -> Tensor:
+        return queued_to(self._noise.normal(self._shape, path=(self.step,), purpose="step"), self._device)
+
+
 @torch.no_grad()
 def walk(
     denoiser: Denoiser,
@@ -82,39 +113,61 @@ def walk(
     """
     num_steps = len(solver.times) - 1
     num_stages = len(solver.stage_times)
-
-    denoise = DenoiserCalls(denoiser)
-    memory: object = None
-    answer: tuple[Tensor, tuple[Tensor, float], dict[str, Tensor]]
+    evaluate, draw = _Evaluations(denoiser, cond, guidance), _Draws(noise, latents)
     guard = FiniteGuard()
-
-    def evaluate(x: Tensor, t: float) -> Tensor:
-        nonlocal memory, answer
-        info: dict[str, Tensor] = {}
-        if guidance is None:
-            output = denoise(x, t, cond)
-        else:
-            guided = guidance(x, t, denoise, cond, memory)
-            output, memory, info = guided.output, guided.state, guided.info
-        answer = output, (x, t), info
-        return output
-
-    def draw() -> Tensor:
-        return queued_to(noise.normal(latents.shape[1:], path=(step,), purpose="step"), latents.device)
-
     state = SolverState()
     x = latents
     for step in range(num_steps):
+        draw.step = step
         x, state = advance(solver, x, state, evaluate, draw)
-        output, at, info = answer
-        sigma = float(solver.path.coefficients(at[1]).alpha)
-        guard.check(output, step, sigma, last=state.stage == num_stages)
-        if step == num_steps - 1 and not bool(torch.isfinite(x).all()):
-            sample = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
-            raise FloatingPointError(f"the last step left sample {sample} with values that are not finite")
-        reached = StepState(step, num_steps, solver.times[step + 1], x, output, at, denoiser, info)
+        sigma = float(noise_level(solver.path, evaluate.at[1]))
+        guard.check(evaluate.output, step, sigma, last=state.stage == num_stages)
+        if step == num_steps - 1:
+            _check_final(x)
+        at = evaluate.at
+        reached = StepState(
+            step, num_steps, solver.times[step + 1], x, evaluate.output, at, denoiser, evaluate.info
+        )
         yield reached
         x = reached.latents
+
+
+@torch.no_grad()
+def run(
+    denoiser: Denoiser,
+    cond: Conditioning,
+    solver: Solver,
+    latents: Tensor,
+    noise: NoiseStream,
+    guidance: Guidance | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """The latents (B, ...) at the end of :func:`walk`, without stopping between steps.
+
+    ``progress`` is called after every step.  Outputs that are not finite are looked for together, once a few megabytes
+    of them have passed, and named as by ``walk``.
+    """
+    evaluate, draw = _Evaluations(denoiser, cond, guidance), _Draws(noise, latents)
+    guard, update, network_input = FiniteGuard(), solver.update, solver.network_input
+    state, x = SolverState(), latents
+    steps = (*solver.step_of_stage, None)
+    for stage, t in enumerate(solver.stage_times):
+        draw.step = steps[stage]  # type: ignore[assignment]
+        output = evaluate(network_input(x, stage), t)
+        x, state = update(x, output, state, draw)
+        if guard.keep(output, draw.step, t, solver.path):
+            guard.look(x, solver.path)
+        if progress is not None and steps[stage + 1] != draw.step:
+            progress()
+    guard.look(x, solver.path)
+    _check_final(x)
+    return x
+
+
+def _check_final(x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        sample = int((~torch.isfinite(x).flatten(1).all(1)).nonzero()[0])
+        raise FloatingPointError(f"the last step left sample {sample} with values that are not finite")
 
 
 def stream(
@@ -134,16 +187,10 @@ def stream(
 
     Arguments as :func:`sample`.  Everything is checked before the first network call.
     """
-    if guidance is not None and not callable(guidance):
-        raise TypeError(
-            f"guidance={guidance!r} must be a rule, such as CFG({guidance!r}) of gensample.guidance"
-        )
     denoiser = as_denoiser(model, num_samples, conditioning)
-    cond = denoiser.conditioning
-    noise = NoiseStream.from_generator(generator, cond.batch_size, sample_ids=sample_ids)
-    chosen = choose_solver(denoiser, solver, num_inference_steps, diffusion, noise)
-    start = initial_latents(denoiser, chosen, noise, latents)
-    return walk(denoiser, cond, chosen, start, noise, guidance)
+    return walk(
+        *_prepared(denoiser, num_inference_steps, guidance, solver, diffusion, generator, sample_ids, latents)
+    )
 
 
 def sample(
@@ -180,21 +227,44 @@ def sample(
     checked_output_type(output_type)
     denoiser = as_denoiser(model, num_samples, conditioning)
     before = denoiser.evaluations
-    states = stream(
-        denoiser, num_inference_steps=num_inference_steps, guidance=guidance, solver=solver,
-        diffusion=diffusion, generator=generator, sample_ids=sample_ids, latents=latents,
-    )  # fmt: skip
-    final: Tensor | None = None
-    with tqdm(disable=not progress) as bar:
-        for state in states:
-            if callback is not None:
+    ready = _prepared(
+        denoiser, num_inference_steps, guidance, solver, diffusion, generator, sample_ids, latents
+    )
+    with tqdm(disable=not progress, total=len(ready[2].times) - 1) as bar:
+        if callback is None:
+            final = run(*ready, progress=bar.update if progress else None)
+        else:
+            for state in walk(*ready):
                 callback(state)
-            final = state.latents
-            bar.total = state.num_steps
-            bar.update()
-    assert final is not None
+                final = state.latents
+                bar.update()
     images = None if output_type == "latent" else to_output(denoiser.decode(final), output_type)
     return SampleOutput(images, final, denoiser.evaluations - before)
+
+
+Ready = tuple[Denoiser, Conditioning, Solver, Tensor, NoiseStream, Guidance | None]
+
+
+def _prepared(
+    denoiser: Denoiser,
+    num_inference_steps: int,
+    guidance: Guidance | None,
+    solver: str | Solver | None,
+    diffusion: Diffusion | None,
+    generator: GeneratorLike,
+    sample_ids: Sequence[int] | None,
+    latents: Tensor | None,
+) -> Ready:
+    """The arguments of :func:`walk`, checked."""
+    if guidance is not None and not callable(guidance):
+        raise TypeError(
+            f"guidance={guidance!r} must be a rule, such as CFG({guidance!r}) of gensample.guidance"
+        )
+    cond = denoiser.conditioning
+    noise = NoiseStream.from_generator(generator, cond.batch_size, sample_ids=sample_ids)
+    chosen = choose_solver(denoiser, solver, num_inference_steps, diffusion, noise)
+    start = initial_latents(denoiser, chosen, noise, latents)
+    return denoiser, cond, chosen, start, noise, guidance
 
 
 def as_denoiser(model: Any, num_samples: int | None, conditioning: dict[str, Any]) -> Denoiser:

@@ -10,12 +10,21 @@ import math
 import torch
 from torch import Tensor
 
+from gensample.solvers import Path, noise_level
+
+_KEPT_BYTES = 2**22
+
 
 class FiniteGuard:
-    """Raises as soon as looking is free: at once on a CPU, at the last evaluation on a device that would wait."""
+    """Raises as soon as looking is free: at once on a CPU, at the last evaluation on a device that would wait.
+
+    A loop that may hear of it later can :meth:`keep` outputs and :meth:`look` at the state that came of them.
+    """
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, float, Tensor]] = []
+        self._sums: list[tuple[int, float, Tensor]] = []  # per row, of a device's outputs or of bad ones
+        self._kept: list[tuple[int, float, Tensor]] = []
+        self._room: int | None = None
 
     def check(self, output: Tensor, step: int, sigma: float, *, last: bool) -> None:
         """Record the network's ``output`` (B, ...) of ``step`` at noise level ``sigma``: alpha(t) of the path.
@@ -24,15 +33,42 @@ class FiniteGuard:
         """
         # One reduction a step: a float32 sum is finite unless an entry is not, or the row has diverged.
         on_cpu = output.is_cpu
-        if on_cpu and output.dtype is torch.float32 and math.isfinite(output.detach().sum().item()):
+        if output.requires_grad:
+            output = output.detach()
+        if on_cpu and _is_finite(output):
             return
-        output, dtype = output.detach(), torch.promote_types(output.dtype, torch.float32)
-        if on_cpu and math.isfinite(float(output.sum(dtype=dtype))):
-            return
-        self._seen.append((step, sigma, output.flatten(1).sum(dim=1, dtype=dtype)))
-        if not on_cpu and not last:
-            return
-        seen, self._seen = self._seen, []
+        self._sum_rows(output, step, sigma)
+        if on_cpu or last:
+            self._raise_if_bad()
+
+    def keep(self, output: Tensor, step: int, t: float, path: Path) -> bool:
+        """Remember the ``output`` at time ``t`` of ``step``; True once so much is kept that it is time to look."""
+        if not output.is_cpu:
+            self._sum_rows(output, step, float(noise_level(path, t)))
+            return False
+        self._kept.append((step, t, output))
+        if self._room is None:
+            self._room = _KEPT_BYTES // max(1, output.nbytes)
+        return len(self._kept) > self._room
+
+    def look(self, x: Tensor, path: Path) -> None:
+        """Raise FloatingPointError as :meth:`check` does if an output kept since the last look was not finite.
+
+        On a CPU their state ``x`` (B, ...) tells, in one reduction: what is not finite stays so in linear updates.
+        """
+        kept, self._kept = self._kept, []
+        if kept and not _is_finite(x):
+            for step, t, output in kept:
+                self._sum_rows(output, step, float(noise_level(path, t)))
+        if self._sums:
+            self._raise_if_bad()
+
+    def _sum_rows(self, output: Tensor, step: int, sigma: float) -> None:
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        self._sums.append((step, sigma, output.detach().flatten(1).sum(dim=1, dtype=dtype)))
+
+    def _raise_if_bad(self) -> None:
+        seen, self._sums = self._sums, []
         finite = torch.stack([torch.isfinite(s) for _, _, s in seen]).cpu()
         if bool(finite.all()):
             return
@@ -41,3 +77,10 @@ class FiniteGuard:
             f"the model output is not finite at step {seen[row][0]} (noise level sigma = {seen[row][1]:.4g}), first "
             f"in sample {sample}; check the weights, the dtype and the guidance scale"
         )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether a CPU tensor's sum is finite."""
+    if values.dtype is torch.float32:
+        return math.isfinite(values.sum().item())
+    return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())

@@ -98,31 +98,45 @@ def wide(x: Tensor) -> Tensor:
 
 
 class ScalarRow:
-    """A row ready for tensors: the scalars are 0-dimensional float64 CPU tensors, which multiply twice as fast as
-    Python floats, round alike, and never wait for a device.
+    """A row ready for tensors: the scalars are 0-dimensional CPU tensors of the state's dtype, which multiply twice as
+    fast as Python floats, round alike, and never wait for a device.
 
     A weight of 0 leaves its term out, so that it may be non-finite there.
     """
 
-    __slots__ = ("_heads", "_p", "_q")
+    __slots__ = ("_heads", "_scalars")
 
     def __init__(self, row: Float64, heads: Sequence[str]) -> None:
         p, *q = (float(v) for v in row)
-        self._heads = tuple(heads)
-        self._p: Tensor | float = p if p in (0.0, 1.0) else torch.tensor(p, dtype=torch.float64)
-        self._q = [torch.tensor(v, dtype=torch.float64) if v != 0.0 else None for v in q]
+        self._heads = tuple(heads) if len(q) > 1 else None
+        self._scalars = {
+            dtype: (
+                p if p in (0.0, 1.0) else scalar(p, dtype),
+                scalar(q[0], dtype) if len(q) == 1 and q[0] != 0.0 else None,
+                [scalar(v, dtype) for v in q],
+            )
+            for dtype in (torch.float32, torch.float64)
+        }
 
     def __call__(self, x: Tensor, output: Tensor) -> Tensor:
-        """p x + sum_j q_j output_j, (B, ...), in the dtype of ``x``."""
-        parts = (output,) if len(self._q) == 1 else split_heads(output, x, self._heads)
-        total: Tensor | None = None
-        for weight, part in zip(self._q, parts, strict=True):
-            if weight is not None:
-                term = (part if part.dtype is x.dtype else part.to(x.dtype)) * weight
-                total = term if total is None else total.add_(term)
-        if total is None:
-            return x * self._p
+        """p x + sum_j q_j output_j as a new tensor (B, ...), in the dtype of ``x``: float32 or float64."""
+        p, only, several = self._scalars[x.dtype]
+        if output.dtype is not x.dtype:
+            output = output.to(x.dtype)
+        if only is not None:
+            total = output * only
+        else:
+            parts = split_heads(output, x, self._heads) if self._heads else (output,)
+            terms = [part * weight for part, weight in zip(parts, several, strict=True) if float(weight) != 0.0]
+            if not terms:
+                return x * p
+            total = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
         # Two roundings, not one fused multiply-add: bit-equal to Diffusers' `sample + dt * model_output`.
-        if isinstance(self._p, float):
-            return total.add_(x) if self._p else total
-        return total.add_(x * self._p)
+        if isinstance(p, float):
+            return total.add_(x) if p else total
+        return total.add_(x * p)
+
+
+def scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A 0-dimensional CPU tensor."""
+    return torch.tensor(value, dtype=dtype)

@@ -54,9 +54,9 @@ def _prepare(recipe: Recipe) -> Trainer:
     config = recipe.training
     images, held_out = recipe.data.load(), recipe.data.load_validation()
     callbacks = []
-    check_images(recipe.model, images)
+    check_images(recipe.model, images, recipe.loss)
     if held_out is not None:
-        check_images(recipe.model, held_out)
+        check_images(recipe.model, held_out, recipe.loss)
         fixed = FixedBatches(held_out, recipe.loss.draw_validation, seed=0, batch_size=500)
         callbacks.append(Validation(fixed, recipe.loss))
     trainer = Trainer(

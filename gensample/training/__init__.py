@@ -3,6 +3,7 @@
 from gensample.training.batches import BatchSource, Draws, FixedBatches, ShuffledImages
 from gensample.training.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from gensample.training.config import ExportConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from gensample.training.couplings import CoupledLoss
 from gensample.training.data import DataError, FashionMNIST, ImageData, LabelledImages
 from gensample.training.ema import ExponentialAverage
 from gensample.training.exponentiated import ExponentiatedGradient
@@ -10,6 +11,7 @@ from gensample.training.folders import ImageFolder, NpzImages
 from gensample.training.loop import Trainer, TrainingDiverged, TrainingResult
 from gensample.training.losses import ClassificationLoss, InterpolantLoss, LossOutput, LossStep
 from gensample.training.multiplicative import LogSpaceLoss, MultiplicativeScoreLoss
+from gensample.training.pairs import FashionPairs
 from gensample.training.validation import Callback, Validation
 
 __all__ = [
@@ -18,12 +20,14 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ClassificationLoss",
+    "CoupledLoss",
     "DataError",
     "Draws",
     "ExponentialAverage",
     "ExponentiatedGradient",
     "ExportConfig",
     "FashionMNIST",
+    "FashionPairs",
     "FixedBatches",
     "ImageData",
     "ImageFolder",

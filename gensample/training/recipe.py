@@ -17,17 +17,19 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
 from gensample.training.config import ExportConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from gensample.training.couplings import CoupledLoss
 from gensample.training.data import FashionMNIST, ImageData, LabelledImages
 from gensample.training.folders import ImageFolder, NpzImages
 from gensample.training.losses import ClassificationLoss, InterpolantLoss
 from gensample.training.multiplicative import LogSpaceLoss, MultiplicativeScoreLoss
+from gensample.training.pairs import FashionPairs
 
-GenerativeLoss = InterpolantLoss | LogSpaceLoss | MultiplicativeScoreLoss
+GenerativeLoss = InterpolantLoss | CoupledLoss | LogSpaceLoss | MultiplicativeScoreLoss
 
 # What a recipe may name; a class path of anything else is refused before it is imported.
 _CLASSES = (
-    DiT, Classifier, InterpolantLoss, LogSpaceLoss, MultiplicativeScoreLoss, ClassificationLoss, FashionMNIST,
-    ImageFolder, NpzImages,
+    DiT, Classifier, InterpolantLoss, CoupledLoss, LogSpaceLoss, MultiplicativeScoreLoss, ClassificationLoss,
+    FashionMNIST, FashionPairs, ImageFolder, NpzImages,
 )  # fmt: skip
 _NAMES = {c.__name__: f"{c.__module__}.{c.__qualname__}" for c in _CLASSES}
 
@@ -106,14 +108,23 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     )
 
 
-def check_images(model: DiT | Classifier, images: LabelledImages) -> None:
-    """Images and labels must be what the model takes.
+def check_images(
+    model: DiT | Classifier, images: LabelledImages, loss: GenerativeLoss | ClassificationLoss | None = None
+) -> None:
+    """Images and labels must be what the model takes, for the ``loss`` it is trained with.
 
     Raises:
         ValueError: naming the setting to change.
     """
     channels, height, width = images.shape
-    if channels != model.config.in_channels:
+    if isinstance(loss, CoupledLoss):
+        taken, given = loss.channels(channels), (model.config.in_channels, model.config.out_channels)
+        if taken != given:
+            raise ValueError(
+                f"images of {channels} channels under this coupling and its heads need model.in_channels, out_channels "
+                f"= {taken}, not {given}: make them agree"
+            )
+    elif channels != model.config.in_channels:
         raise ValueError(
             f"images have {channels} channels, model.in_channels is {model.config.in_channels}: make them agree"
         )

@@ -145,7 +145,7 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """Loss and pull (B,)."""
     times, c = torch.from_numpy(t), denoiser.path.coefficients(t)
-    x = interpolate(denoiser.path, x0, noise, times)
+    x = interpolate(denoiser.path, x0, noise, t)
     cond = denoiser.conditioning.rows(torch.from_numpy(prompt))
     out = denoiser.denoise(x, times, cond, grad=True).output
     old = denoiser.denoise(x, times, cond, net="old").output

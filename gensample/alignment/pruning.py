@@ -56,7 +56,7 @@ class Pruning:
                 masks[i] = torch.zeros_like(masks[i])
         if self.width != "none" and plan.split_steps:
             last = plan.split_steps[-1]
-            kept = self._kept(plan, fused.values[last + 1].nan_to_num(-torch.inf), last)
+            kept = self._kept(plan, fused.values[last + 1].nan_to_num(nan=-torch.inf), last)
             for i in range(last + 1, plan.steps):
                 masks[i] = masks[i] & kept
         return tuple(masks)
@@ -64,7 +64,7 @@ class Pruning:
     def _kept(self, plan: TreePlan, values: Tensor, last: int) -> Tensor:
         """Which nodes below the last split keep their tail (P L,); among equals the first."""
         group = plan.branching[last] if self.width == "parent_top1" else plan.leaves
-        order = values.unflatten(0, (-1, group)).argsort(1, descending=True, stable=True)
+        order = values.unflatten(0, (-1, group)).argsort(dim=1, descending=True, stable=True)
         chosen = order[:, :1]
         if self.width == "extreme":
             b = min(self.extreme, group // 2)

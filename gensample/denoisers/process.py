@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar, overload
 import numpy as np
 
 from gensample.interpolants import (
-    PREDICTION_TYPES,
     Float64,
     GVPInterpolant,
     Interpolant,
@@ -25,6 +24,8 @@ from gensample.interpolants import (
     gvp_time,
     make_interpolant,
 )
+from gensample.schedulers.interpolant import StochasticInterpolantScheduler
+from gensample.schedulers.interpolant_grid import check_prediction_type
 
 FloatOrRows = TypeVar("FloatOrRows", float, Float64)
 
@@ -112,17 +113,15 @@ class TableTimes:
 
 @dataclass(frozen=True)
 class Process:
-    """Path, prediction type (one of ``interpolants.PREDICTION_TYPES``) and time map of a network."""
+    """Path, prediction type (one of ``interpolants.PREDICTION_TYPES``, or heads on a two-sided path) and time map of
+    a network."""
 
     path: Interpolant
     prediction_type: str
     time_map: TimeMap
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type={self.prediction_type!r} is unknown; use one of {PREDICTION_TYPES}"
-            )
+        check_prediction_type(self.path, self.prediction_type)
 
 
 def flow_process(num_train_timesteps: int = 1000) -> Process:
@@ -145,7 +144,9 @@ def process_of(scheduler: Any) -> Process:
         if inverted and answer == "flow_prediction":
             answer = "velocity"
         times = FlowTimes(float(config.get("num_train_timesteps", 1000)), rising=inverted)
-        return Process(make_interpolant(config.get("path", "linear")), answer, times)
+        own = isinstance(scheduler, StochasticInterpolantScheduler)
+        path = scheduler.path if own else make_interpolant(config.get("path", "linear"))
+        return Process(path, answer, times)
     if hasattr(scheduler, "alphas_cumprod"):
         table = TableTimes.from_alphas_cumprod(scheduler.alphas_cumprod.double().cpu().numpy())
         return Process(GVPInterpolant(), config.get("prediction_type", "epsilon"), table)

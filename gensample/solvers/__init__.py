@@ -1,5 +1,6 @@
 """Solvers: from a grid of times to states of the generative process, as pure functions of tensors."""
 
+from gensample.solvers.adaptive import AdaptiveResult, freeze_adaptive_grid, solve_adaptive
 from gensample.solvers.base import (
     DrawNoise,
     Evaluate,
@@ -32,6 +33,7 @@ __all__ = [
     "SOLVERS",
     "STOCHASTIC_SOLVERS",
     "AdamsBashforthSolver",
+    "AdaptiveResult",
     "AffineTable",
     "Diffusion",
     "DiffusionKind",
@@ -50,10 +52,12 @@ __all__ = [
     "advance",
     "checked_times",
     "describe",
+    "freeze_adaptive_grid",
     "is_two_sided",
     "make_solver",
     "noise_level",
     "preset",
+    "solve_adaptive",
     "stages_per_step",
     "uniform_times",
 ]

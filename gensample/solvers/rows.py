@@ -127,7 +127,9 @@ class ScalarRow:
             total = output * only
         else:
             parts = split_heads(output, x, self._heads) if self._heads else (output,)
-            terms = [part * weight for part, weight in zip(parts, several, strict=True) if float(weight) != 0.0]
+            terms = [
+                part * weight for part, weight in zip(parts, several, strict=True) if float(weight) != 0.0
+            ]
             if not terms:
                 return x * p
             total = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])

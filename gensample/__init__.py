@@ -10,6 +10,11 @@ from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
 from gensample.models.token_transformer import TokenTransformer
 from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.pipelines.coupled import (
+    ImageTranslationPipeline,
+    InpaintingPipeline,
+    SuperResolutionPipeline,
+)
 from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 from gensample.sampling import sample, stream
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
@@ -23,8 +28,11 @@ __all__ = [
     "Classifier",
     "DiT",
     "GBMScheduler",
+    "ImageTranslationPipeline",
+    "InpaintingPipeline",
     "MultiplicativeDiffusionPipeline",
     "StochasticInterpolantScheduler",
+    "SuperResolutionPipeline",
     "TokenTransformer",
     "TreeSearch",
     "__version__",

@@ -23,11 +23,19 @@ from gensample.assets import asset_names, asset_path
 from gensample.models.classifier import Classifier
 from gensample.models.dit import DiT
 from gensample.pipelines.class_conditional import ClassConditionalPipeline
+from gensample.pipelines.coupled import (
+    ImageTranslationPipeline,
+    InpaintingPipeline,
+    SuperResolutionPipeline,
+)
 from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 
 PIPELINES: dict[str, type[Any]] = {
     "ClassConditionalPipeline": ClassConditionalPipeline,
+    "ImageTranslationPipeline": ImageTranslationPipeline,
+    "InpaintingPipeline": InpaintingPipeline,
     "MultiplicativeDiffusionPipeline": MultiplicativeDiffusionPipeline,
+    "SuperResolutionPipeline": SuperResolutionPipeline,
 }
 MODELS: dict[str, type[Any]] = {"DiT": DiT, "Classifier": Classifier}
 

@@ -17,10 +17,13 @@ ADAPTERS = {
     "DDPMPipeline": "unet2d",
     "DiTPipeline": "dit",
     "FluxPipeline": "flux",
+    "ImageTranslationPipeline": "coupled",
+    "InpaintingPipeline": "coupled",
     "MultiplicativeDiffusionPipeline": "multiplicative",
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
+    "SuperResolutionPipeline": "coupled",
 }
 
 
@@ -36,9 +39,10 @@ def denoiser_from_pipeline(
         pipe: a Diffusers pipeline of a class in ``ADAPTERS``, or a subclass of one.
         nets: further networks by name, such as ``{"weak": smaller_transformer}``.
         **prompt_kwargs: what to condition on, under the pipeline's own argument names:
-            ``num_samples`` (DDPM, DDIM), ``class_labels`` (DiT and ours; indices or names), ``prompt``,
-            ``negative_prompt``, ``prompt_embeds``, ``num_images_per_prompt``, ``height``, ``width`` ... (text),
-            and ``reference_prompts``, a list of prompts for ``Conditioning.with_reference``.
+            ``num_samples`` (DDPM, DDIM), ``class_labels`` (DiT and ours; indices or names), ``condition`` and
+            ``known`` (ours between coupled images), ``prompt``, ``negative_prompt``, ``prompt_embeds``,
+            ``num_images_per_prompt``, ``height``, ``width`` ... (text), and ``reference_prompts``, a list of
+            prompts for ``Conditioning.with_reference``.
 
     Raises:
         TypeError: for a pipeline that has no adapter, or an argument that its adapter does not take.

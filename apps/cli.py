@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 # subcommand: (module, help). Each module has add_arguments(parser) and run(namespace) -> exit code.
 COMMANDS = {
+    "align": ("gensample.apps.align", "align a model to rewards by a recipe"),
     "demo": ("gensample.apps.demo", "serve a web page that draws images"),
     "fid": ("gensample.apps.fid", "measure images against a reference: FID, KID, precision and recall"),
     "quickstart": ("gensample.apps.quickstart", "draw clothes with the shipped model and score them"),

@@ -14,8 +14,11 @@ from gensample.interpolants import (
     PREDICTION_TYPES,
     GaussianMixture,
     Interpolant,
+    convert,
+    dimension_shift,
     interpolate,
     interpolation_loss,
+    loss_weight,
     make_interpolant,
     sample_times,
     target,
@@ -109,6 +112,99 @@ def test_times_may_be_a_tensor() -> None:
     x0, noise = torch.zeros(2, 3), torch.ones(2, 3)
     t = torch.tensor([0.25, 0.5], dtype=torch.float64)
     assert torch.equal(interpolate(PATHS[0], x0, noise, t), torch.tensor([[0.75] * 3, [0.5] * 3]))
+
+
+# ---- forms, pairs and weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_expanded_form_is_half_the_square_less_a_constant(prediction_type: str) -> None:
+    x0, noise = drawn(GaussianMixture.isotropic([1.0], [[0.7, -0.3]], [0.4]), "forms", 9)
+    t = np.linspace(0.1, 0.9, 9)
+    for path in PATHS:
+        wanted = target(path, prediction_type, x0, noise, t)
+        square = interpolation_loss(lambda x, _: x.sin(), path, prediction_type, x0, noise, t)
+        expanded = interpolation_loss(
+            lambda x, _: x.sin(), path, prediction_type, x0, noise, t, form="expanded"
+        )
+        torch.testing.assert_close(square, 2 * expanded + wanted.square().mean(1), rtol=1e-10, atol=1e-10)
+
+
+def test_antithetic_pairs_average_both_signs_and_tame_the_score() -> None:
+    """At alpha = 1e-3 the variance of L_s falls by O(1/alpha^2) (2303.08797, section 6.1)."""
+    data, path, t = GaussianMixture.isotropic([0.3, 0.7], [[-2.0], [1.5]], [0.15, 0.3]), PATHS[0], 0.999
+    x0, noise = drawn(data, "antithetic")
+    times = np.full(ROWS, t)
+
+    def exact(x: Tensor, _: object) -> Tensor:
+        return data.field(x, path, t, "score")
+
+    one, other = (
+        interpolation_loss(exact, path, "score", x0, z, times, form="expanded") for z in (noise, -noise)
+    )
+    pair = interpolation_loss(exact, path, "score", x0, noise, times, form="expanded", antithetic=True)
+    torch.testing.assert_close(pair, 0.5 * (one + other))
+    assert float(one.var() / pair.var()) > 0.01 / 1e-3**2
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_weights_turn_an_error_into_that_of_velocity_and_score(
+    path: Interpolant, prediction_type: str
+) -> None:
+    t = np.linspace(0.1, 0.9, 9)
+    c = path.coefficients(t)
+    x, error = torch.randn(2, 9, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def moved(field: str) -> np.ndarray:  # type: ignore[type-arg]
+        shift = convert(error, x, c, prediction_type, field) - convert(
+            0 * error, x, c, prediction_type, field
+        )
+        return shift.square()[:, 0].numpy()
+
+    squared = error.square()[:, 0].numpy()
+    velocity = loss_weight(path, prediction_type, t, "velocity")
+    np.testing.assert_allclose(velocity * squared, moved("velocity"), rtol=1e-9)
+    likelihood = loss_weight(path, prediction_type, t, "likelihood")
+    eps = c.alpha * c.wronskian / c.beta
+    np.testing.assert_allclose(likelihood * squared, eps * moved("score"), rtol=1e-9)
+    np.testing.assert_array_equal(loss_weight(path, prediction_type, t), np.ones(9))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ids)
+def test_weights_of_the_noise_are_those_of_sit(path: Interpolant) -> None:
+    """(drift_var/sigma)^2 and drift_var/sigma^2, drift_var = beta'/beta alpha^2 - alpha alpha'."""
+    t = np.linspace(0.1, 0.9, 9)
+    c = path.coefficients(t)
+    drift_var = c.d_beta / c.beta * c.alpha**2 - c.alpha * c.d_alpha
+    np.testing.assert_allclose(loss_weight(path, "epsilon", t, "velocity"), (drift_var / c.alpha) ** 2)
+    np.testing.assert_allclose(loss_weight(path, "epsilon", t, "likelihood"), drift_var / c.alpha**2)
+
+
+def test_weights_refuse_the_end_where_they_are_infinite() -> None:
+    with pytest.raises(ValueError, match="infinite at t=0"):
+        loss_weight(PATHS[0], "velocity", np.array([0.0, 0.5]), "likelihood")
+    with pytest.raises(ValueError, match="beta = 0"):
+        loss_weight(PATHS[0], "epsilon", np.array([0.0, 0.5]), "velocity")
+    with pytest.raises(ValueError, match="weight='sigma'"):
+        loss_weight(PATHS[0], "epsilon", np.array([0.5]), "sigma")
+    x, t = torch.zeros(1, 2), np.array([0.5])
+    with pytest.raises(ValueError, match="form='mse'"):
+        interpolation_loss(lambda x, t: x, PATHS[0], "epsilon", x, x, t, form="mse")  # type: ignore[arg-type]
+
+
+def test_shift_by_dimension() -> None:
+    """Four times the numbers: a constant image is as uncertain at sigma' as before at sigma (SD3, equation 23)."""
+    assert dimension_shift(4096) == 1.0
+    assert dimension_shift(16384) == 2.0
+    assert dimension_shift(784, reference=784 * 4) == 0.5
+    u = uniforms(50)[1:]
+    few, many = 1 - u, 1 - sample_times("uniform", u, shift=dimension_shift(16384))
+    np.testing.assert_allclose(
+        many / (1 - many) / np.sqrt(16384), few / (1 - few) / np.sqrt(4096), rtol=1e-10
+    )
+    with pytest.raises(ValueError, match="dimensions=0"):
+        dimension_shift(0)
 
 
 # ---- times -----------------------------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ def log_likelihood(
     num_inference_steps: int = 32,
     times: Sequence[float] | None = None,
     method: Method = "rk4",
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
     base_log_prob: LogDensity | None = None,
     dequantise: bool = True,
     generator: GeneratorLike = None,
@@ -99,7 +101,7 @@ def log_likelihood(
             where it is not (epsilon at pure noise, the vp path at the data).  They shrink towards the data, where
             the velocity is steepest: 1 - t falls as the cube of what is left.
         times: a rising grid instead; its ends say which part of the flow counts.
-        method: "rk4" (4 calls a step) or "heun" (2).
+        method: "rk4" (4 calls a step), "heun" (2), or "dopri5", which chooses its own steps by ``rtol`` and ``atol``.
         base_log_prob: log-density (B,) of the base at times[0]; default that of the noise, and required for models
             between two data sets.
         dequantise: add uniform noise of one level to 8-bit images; without it they stay on the lattice, and bits a

@@ -15,16 +15,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gensample.interpolants import LinearInterpolant
 from gensample.likelihood.divergence import Divergence, Hutchinson, Velocity, value_and_divergence
 from gensample.noise import NoiseStream
+from gensample.solvers.adaptive import solve_adaptive
 
-Method = Literal["heun", "rk4"]
+Method = Literal["heun", "rk4", "dopri5"]
 
 # Butcher tableaux: times of the stages, weights of each stage's predecessors, weights of the step.
 _TABLEAUX: dict[str, tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]] = {
@@ -49,11 +51,15 @@ def transport(
     keys: NoiseStream | None = None,
     *,
     method: Method = "rk4",
+    rtol: float = 1e-4,
+    atol: float = 1e-4,
     grad: bool = False,
 ) -> Transported:
     """Move x (B, ...) along the flow from times[0] to times[-1], rising or falling, with the integral of div b.
 
     velocity: b(x, t) for one float t, called once a stage (4 a step of ``rk4``, 2 of ``heun``), with a graph to x.
+    method: ``dopri5`` adapts its steps between the first and the last of ``times`` to ``rtol`` and ``atol`` of x
+        and the integral, on the worst row of the batch.
     keys: one stream a row for the probes of ``Hutchinson``.
     grad: keep the graph, so that both answers can be differentiated.
 
@@ -64,8 +70,10 @@ def transport(
     steps = np.diff(grid)
     if grid.ndim != 1 or len(grid) < 2 or not (np.all(steps > 0) or np.all(steps < 0)):
         raise ValueError(f"times={list(times)!r} must be at least two, and rise or fall strictly")
-    if method not in _TABLEAUX:
-        raise ValueError(f"method={method!r} is unknown; use one of {tuple(_TABLEAUX)}")
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is unknown; use one of {get_args(Method)}")
+    if method == "dopri5" and grad:
+        raise ValueError("method='dopri5' keeps no graph; differentiate through 'rk4' or 'heun'")
     probes = None
     if isinstance(divergence, Hutchinson):
         if keys is None or len(keys) != len(x):
@@ -75,6 +83,8 @@ def transport(
     def field(y: Tensor, t: float) -> tuple[Tensor, Tensor]:
         return value_and_divergence(velocity, y, t, divergence, probes, grad)
 
+    if method == "dopri5":
+        return _adaptive(field, x, (float(grid[0]), float(grid[-1])), rtol, atol)
     total: Tensor | float = 0.0
     for number, (t, s) in enumerate(pairwise(grid.tolist())):
         x, change = _step(field, x, t, s, _TABLEAUX[method])
@@ -87,6 +97,30 @@ def transport(
             )
     assert isinstance(total, Tensor)
     return Transported(x, total)
+
+
+def _adaptive(
+    field: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    ends: tuple[float, float],
+    rtol: float,
+    atol: float,
+) -> Transported:
+    """x and the integral as one state (B, d + K) of the adaptive solver, float64."""
+    d = x[0].numel()
+
+    def evaluate(state: Tensor, t: float) -> Tensor:
+        value, rate = field(state[:, :d].reshape(x.shape).to(x.dtype), t)
+        return torch.cat([value.flatten(1).double(), rate.T], dim=1)
+
+    probes = len(field(x, ends[0])[1])
+    start = torch.cat([x.flatten(1).double(), x.new_zeros(len(x), probes, dtype=torch.float64)], dim=1)
+    # A velocity is its own drift on any path.
+    found = solve_adaptive(
+        evaluate, start, path=LinearInterpolant(), prediction_type="velocity", start=ends[0], end=ends[1],
+        rtol=rtol, atol=atol,
+    )  # fmt: skip
+    return Transported(found.x[:, :d].reshape(x.shape).to(x.dtype), found.x[:, d:].T)
 
 
 def _step(field: Callable[..., tuple[Tensor, Tensor]], x: Tensor, t: float, s: float, tableau: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 import gensample
 from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
 from gensample.guidance import CFG
-from gensample.interpolants import GaussianMixture, make_interpolant
+from gensample.interpolants import GaussianMixture, make_interpolant, make_two_sided
+from gensample.interpolants.two_sided_oracles import CoupledMixture
 from gensample.likelihood import Exact, Hutchinson, log_likelihood, transport, value_and_divergence
 from gensample.noise import NoiseStream
 from tests.tiny_models import tiny_pipeline
@@ -60,6 +61,42 @@ def test_errors_of_the_log_density_are_those_of_the_specification(path: str) -> 
         )
         error = float((log_normal(out.x) + out.integral[0] - exact).abs().max())
         assert 0.5 * specified < error < 2 * specified, (steps, error)
+
+
+# Two-sided: 64 and 128 steps, from 0.5 N(-1, .4) + 0.5 N(1.2, .5), t = 1/2 on the grid.
+SPECIFIED_TWO_SIDED = {"linear": (3.8e-3, 1.5e-4), "encoding_decoding": (5.9e-4, 3.0e-5)}
+
+
+@pytest.mark.parametrize("name", SPECIFIED_TWO_SIDED)
+def test_errors_between_two_mixtures_are_those_of_the_specification(name: str) -> None:
+    base = GaussianMixture.isotropic([0.5, 0.5], [[-1.0], [1.2]], [0.4, 0.5])
+    pair = CoupledMixture.independent(base, MIXTURE)
+    path = make_two_sided(name, scale=math.sqrt(2.0) if name == "linear" else 1.0)
+    x = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None]
+    for steps, specified in zip((64, 128), SPECIFIED_TWO_SIDED[name], strict=True):
+        out = transport(
+            lambda y, t: pair.field(y, path, t, "velocity"), x, np.linspace(1, 0, steps + 1), Exact()
+        )
+        found = base.log_density(out.x, make_interpolant("linear"), 1.0) + out.integral[0]
+        error = float((found - MIXTURE.log_density(x, make_interpolant("linear"), 1.0)).abs().max())
+        assert 0.5 * specified < error < 2 * specified, (steps, error)
+
+
+def test_adaptive_steps_meet_their_tolerance() -> None:
+    x = torch.linspace(-3, 3, 21, dtype=torch.float64)[:, None]
+    interpolant, calls = make_interpolant("linear"), list[float]()
+
+    def velocity(y: Tensor, t: float) -> Tensor:
+        calls.append(t)
+        return MIXTURE.field(y, interpolant, t, "velocity")
+
+    for tolerance, allowed in ((1e-3, 5e-3), (1e-6, 5e-6)):
+        out = transport(velocity, x, [1.0, 0.0], Exact(), method="dopri5", rtol=tolerance, atol=tolerance)
+        error = (log_normal(out.x) + out.integral[0] - MIXTURE.log_density(x, interpolant, 1.0)).abs().max()
+        assert float(error) < allowed
+    assert len(calls) < 1500
+    with pytest.raises(ValueError, match="keeps no graph"):
+        transport(velocity, x, [1.0, 0.0], Exact(), method="dopri5", grad=True)
 
 
 def test_forward_and_backward_agree_and_heun_has_order_two() -> None:

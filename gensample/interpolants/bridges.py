@@ -10,7 +10,7 @@ joins them with the least energy, the time integral of E (1/2)|u|^2.  Three ways
     E[(1/2)|u|^2 - (d_t I + (gamma' - eps/gamma) noise) . u], whose inner minimum is at u = b + eps s
     (:func:`optimise_bridge`).
 
-Shapes: D = dimensions, N = samples, F, P = features, J = polynomials; all float64.
+Shapes: D = dimensions, N = samples, T = times, F, P = features, J = polynomials; all float64.
 
 Sources: Albergo, Boffi, Vanden-Eijnden, arXiv 2303.08797, section 3.4 and theorem 3.10 (the max-min problem); Bunne
 et al., arXiv 2202.05722 (Gaussian bridges in closed form); Tong et al., arXiv 2307.03672 (entropic couplings).
@@ -101,7 +101,7 @@ class FittedBridge:
     """An interpolant I = (1-t) base + t x0 + sum_j t(1-t) P_j(2t-1) psi(base, x0) C_j, with its samples and drift.
 
     base, x0, noise: (N, D); weights: (N,), their probabilities; coefficients: C (J, P, D) on Legendre polynomials
-    P_j.  ``features`` (x (N, D) to (N, F)) span the drift, ``pair_features`` are psi.
+    P_j.  ``features`` (x (..., D) to (..., F)) span the drift, ``pair_features`` are psi.
     """
 
     base: Tensor
@@ -113,58 +113,64 @@ class FittedBridge:
     features: Callable[[Tensor], Tensor]
     pair_features: Callable[[Tensor, Tensor], Tensor]
 
-    def interpolant(self, t: float) -> tuple[Tensor, Tensor]:
-        """I and d_t I at the samples, (N, D) each."""
-        basis, u = np.eye(len(self.coefficients)), 2.0 * t - 1.0
-        values = torch.from_numpy(np.polynomial.legendre.legval(u, basis))
+    def interpolant(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """I and d_t I at the samples and T times: (T, N, D) each."""
+        t = times[:, None]
+        basis, u = np.eye(len(self.coefficients)), (2.0 * times - 1.0).numpy()
+        values = torch.from_numpy(np.polynomial.legendre.legval(u, basis)).T
         slopes = torch.from_numpy(
             2.0 * np.polynomial.legendre.legval(u, np.polynomial.legendre.legder(basis))
-        )
+        ).T
         psi = self.pair_features(self.base, self.x0)
-        bend = torch.tensordot(t * (1 - t) * values, self.coefficients, 1)
-        turn = torch.tensordot((1 - 2 * t) * values + t * (1 - t) * slopes, self.coefficients, 1)
-        return (1 - t) * self.base + t * self.x0 + psi @ bend, self.x0 - self.base + psi @ turn
+        bend = psi @ torch.einsum("tj,jpd->tpd", t * (1 - t) * values, self.coefficients)
+        turn = psi @ torch.einsum(
+            "tj,jpd->tpd", (1 - 2 * t) * values + t * (1 - t) * slopes, self.coefficients
+        )
+        t = t[..., None]
+        return (1 - t) * self.base + t * self.x0 + bend, self.x0 - self.base + turn
 
-    def points(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t and the target d_t I + (gamma' - eps/gamma) noise over the pairs of +noise and -noise, (2N, D) each,
-        and their probabilities (2N,)."""
-        middle, moving = self.interpolant(t)
-        gamma = math.sqrt(2.0 * self.eps * t * (1.0 - t))
+    def points(self, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t and the target d_t I + (gamma' - eps/gamma) noise over the pairs of +noise and -noise, (T, 2N, D) each,
+        and their probabilities (2N,), at times (T,) inside (0, 1)."""
+        middle, moving = self.interpolant(times)
+        t = times[:, None, None]
+        gamma = (2.0 * self.eps * t * (1.0 - t)).sqrt()
         # gamma gamma' - eps = -2 eps t, without the difference of two infinities at t = 0.
         latent, push = gamma * self.noise, (-2.0 * self.eps * t / gamma) * self.noise
-        x = torch.cat([middle + latent, middle - latent])
-        return x, torch.cat([moving + push, moving - push]), 0.5 * self.weights.repeat(2)
+        x = torch.cat([middle + latent, middle - latent], dim=1)
+        return x, torch.cat([moving + push, moving - push], dim=1), 0.5 * self.weights.repeat(2)
 
-    def normal_equations(self, t: float) -> tuple[Tensor, Tensor]:
-        """E[phi phi^T] (F, F), with a ridge of 1e-10 of its size, and E[phi target^T] (F, D)."""
-        x, wanted, weights = self.points(t)
+    def normal_equations(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """E[phi phi^T] (T, F, F), with a ridge of 1e-10 of its size, and E[phi target^T] (T, F, D)."""
+        x, wanted, weights = self.points(times)
         phi = self.features(x)
-        gram = phi.T @ (weights[:, None] * phi)
-        ridge = 1e-10 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        return gram + ridge, phi.T @ (weights[:, None] * wanted)
+        weighted = (weights[:, None] * phi).mT
+        gram = weighted @ phi
+        ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        return gram + ridge * torch.eye(gram.shape[-1], dtype=torch.float64), weighted @ wanted
 
     def energy(self, nodes: int = 16) -> Tensor:
         """Minus the inner minimum: the time integral of E (1/2)|u|^2 at the best u the features span."""
-        total = torch.zeros((), dtype=torch.float64)
-        for t, w in zip(*_quadrature(nodes), strict=True):
-            gram, moment = self.normal_equations(float(t))
-            total = total + 0.5 * float(w) * (moment * torch.linalg.solve(gram, moment)).sum()
-        return total
+        times, weights = (torch.from_numpy(v) for v in _quadrature(nodes))
+        gram, moment = self.normal_equations(times)
+        return 0.5 * (weights * (moment * torch.linalg.solve(gram, moment)).sum((1, 2))).sum()
 
     def drift(self, x: Tensor, t: float) -> Tensor:
         """The inner minimiser u(t, x) for x (B, D), 0 < t < 1."""
-        return self.features(x) @ torch.linalg.solve(*self.normal_equations(t))
+        gram, moment = self.normal_equations(torch.tensor([t], dtype=torch.float64))
+        return self.features(x) @ torch.linalg.solve(gram[0], moment[0])
 
     def moments(self, t: float) -> tuple[Tensor, Tensor]:
         """Mean (D,) and covariance (D, D) of x_t over the samples."""
-        x, _, weights = self.points(t)
-        mean = weights @ x
-        return mean, (x - mean).T @ (weights[:, None] * (x - mean))
+        points, _, weights = self.points(torch.tensor([t], dtype=torch.float64))
+        mean = weights @ points[0]
+        centred = points[0] - mean
+        return mean, centred.T @ (weights[:, None] * centred)
 
 
 def affine_features(x: Tensor) -> Tensor:
     """(1, x): all that the drift of a Gaussian bridge needs."""
-    return torch.cat([torch.ones_like(x[:, :1]), x], dim=1)
+    return torch.cat([torch.ones_like(x[..., :1]), x], dim=-1)
 
 
 def linear_pair_features(base: Tensor, x0: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from gensample.noise import NoiseStream, philox_generator
 
 OTMethod = Literal["exact", "entropic"]
 
+_TOLERANCE = 1e-3  # of a batch's plan: rows are drawn from it normalised, and batches add far more noise
+
 
 @dataclass(frozen=True)
 class Coupled:
@@ -121,7 +123,7 @@ class MinibatchOT:
             if self.regularisation is None:
                 chosen = assignment(cost)
             else:
-                chosen = plan_draws(sinkhorn(cost, self.regularisation), u[rows])
+                chosen = plan_draws(sinkhorn(cost, self.regularisation, tolerance=_TOLERANCE), u[rows])
             partner[rows] = rows[chosen]
         moved = None if labels is None else labels[partner.to(labels.device)]
         return Coupled(pair.base, pair.x0[partner.to(x0.device)], moved)

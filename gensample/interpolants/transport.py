@@ -10,6 +10,8 @@ Sources: Kuhn's assignment problem through scipy; Cuturi, "Sinkhorn Distances", 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,8 +58,16 @@ def sinkhorn(
         _log_weights(row_weights, n, "row_weights"),
         _log_weights(column_weights, m, "column_weights"),
     )
-    kernel = -cost.double() / regularisation
+    cost = cost.double()
     f, g = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+    # Warm start: potentials in the units of the cost, from a coarse plan down to the wanted one.
+    halvings = max(0, math.ceil(math.log2(max(float(cost.max() - cost.min()), 1e-300) / regularisation)))
+    for level in range(halvings, 0, -1):
+        reg = regularisation * 2.0**level
+        for _ in range(10):
+            f = reg * (log_a - torch.logsumexp((g - cost) / reg, dim=1))
+            g = reg * (log_b - torch.logsumexp((f[:, None] - cost) / reg, dim=0))
+    kernel, f, g = -cost / regularisation, f / regularisation, g / regularisation
     error = float("inf")
     for iteration in range(max_iterations + 1):
         rows = torch.logsumexp(kernel + g, dim=1)

@@ -104,6 +104,9 @@ class AdvantageRule:
 
     std_floor: c >= 0: at depth d the std is at least c std_leaf / sqrt(L / n_d), what averages of independent leaves
     would have; without it two nodes at a depth always get +-0.707, however close they are.
+    leave_one_out: compare with the mean of the other nodes alone, which multiplies by n/(n - 1) for n nodes.  A mean
+    that includes the node keeps only 1 - 1/n of the policy gradient: of no consequence where one std scales all, but
+    at shallow depths it weakens rewards against a KL term.
     clip: largest absolute advantage, infinity for none.
     edge_weight: "uniform", or "descendants": an edge weighs as many leaves as it leads to, and then the edge average
     is the average over leaves of their whole paths.
@@ -115,6 +118,7 @@ class AdvantageRule:
     fusion: Fusion = "uniform"
     power: float = 1.0
     std_floor: float = 0.0
+    leave_one_out: bool = False
     clip: float = 5.0
     edge_weight: EdgeWeight = "uniform"
 
@@ -174,16 +178,24 @@ class AdvantageRule:
         self, plan: TreePlan, step: int, child: Tensor, fused: Fused, leaf_std: Tensor, scale: float | None
     ) -> Tensor:
         """Advantages before clipping (P, n_{step + 1}), NaN where every leaf failed."""
+        others = child
         if self.baseline == "sibling":
             family = child.unflatten(1, (-1, plan.branching[step]))
-            family = family - family.nanmean(-1, keepdim=True)
-            return _divided(family.flatten(1), _spread(leaf_std, scale)[:, None])
-        if self.baseline == "leaf":
+            centred, std = (family - family.nanmean(-1, keepdim=True)).flatten(1), leaf_std
+            others = family
+        elif self.baseline == "leaf":
             mean = fused.values[-1].unflatten(0, (-1, plan.leaves)).nanmean(-1, keepdim=True)
-            return _divided(child - mean, _spread(leaf_std, scale)[:, None])
-        mean, std, _ = _moments(child)
-        floor = self.std_floor * leaf_std * math.sqrt(plan.nodes[step + 1] / plan.leaves)
-        return _divided(child - mean[:, None], _spread(torch.maximum(std, floor), scale)[:, None])
+            centred, std = child - mean, leaf_std
+        else:
+            mean, std, _ = _moments(child)
+            centred = child - mean[:, None]
+            std = torch.maximum(
+                std, self.std_floor * leaf_std * math.sqrt(plan.nodes[step + 1] / plan.leaves)
+            )
+        if self.leave_one_out:
+            n = (~others.isnan()).sum(-1, keepdim=True)
+            centred = (centred.view_as(others) * n / (n - 1).clamp(min=1)).view_as(child)
+        return _divided(centred, _spread(std, scale)[:, None])
 
 
 def _weighted(plan: TreePlan, rewards: Tensor, logits: list[Tensor]) -> Fused:

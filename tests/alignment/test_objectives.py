@@ -169,6 +169,7 @@ def grown(tree: str) -> tuple:
     return policy, trees(policy, plan, FOREST, micro_batch=100_000)
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize(
     ("tree", "baseline"),
     [
@@ -177,16 +178,17 @@ def grown(tree: str) -> tuple:
         *itertools.product(("branch", "correlated"), ("depth", "leaf", "sibling")),
     ],
 )
-def test_the_policy_gradient_is_the_analytic_one(tree: str, baseline: str) -> None:
+def test_the_policy_gradient_is_the_analytic_one(tree: str, baseline: str, leave_one_out: bool) -> None:
     """E[A d log p] of every step of a linear-Gaussian chain with reward x^2 + x against d E[r] / d offset_i.
 
-    A baseline that averages over m nodes, the edge's own among them, keeps 1 - 1/m of it; siblings whose noise
-    correlates by rho keep 1 - rho of the part below their split.
+    A baseline that averages over m nodes, the edge's own among them, keeps 1 - 1/m of it, leaving it out all; siblings
+    whose noise correlates by rho keep 1 - rho of the part below their split.
     """
     policy, rollout = grown(tree)
     plan = rollout.plan
     reward = rollout.final[:, 0].double() ** 2 + rollout.final[:, 0].double()
-    advantages = AdvantageRule(baseline=baseline, clip=math.inf)(plan, reward, scale=1.0)
+    rule = AdvantageRule(baseline=baseline, clip=math.inf, leave_one_out=leave_one_out)
+    advantages = rule(plan, reward, scale=1.0)
     moments, slopes, stds = chain(policy, plan)
     _, q, _ = moments[0]
     mean = q  # of x_T: the start has mean zero
@@ -195,6 +197,8 @@ def test_the_policy_gradient_is_the_analytic_one(tree: str, baseline: str) -> No
         exact = (2.0 * mean + 1.0) * moments[i + 1][0] * slopes[i]
         nodes = plan.branching[i] if baseline == "sibling" else plan.nodes[i + 1]
         kept = 1.0 - 1.0 / nodes
+        if leave_one_out:
+            kept = 1.0
         if tree == "correlated":
             kept *= 0.5
         estimate, error = samples[:, column].mean(), samples[:, column].std() / math.sqrt(FOREST)

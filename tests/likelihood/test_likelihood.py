@@ -15,7 +15,15 @@ from gensample.denoisers import Conditioning, Denoiser, denoiser_from_pipeline
 from gensample.guidance import CFG
 from gensample.interpolants import GaussianMixture, make_interpolant, make_two_sided
 from gensample.interpolants.two_sided_oracles import CoupledMixture
-from gensample.likelihood import Exact, Hutchinson, log_likelihood, transport, value_and_divergence
+from gensample.likelihood import (
+    Exact,
+    Hutchinson,
+    PathWeights,
+    feynman_kac,
+    log_likelihood,
+    transport,
+    value_and_divergence,
+)
 from gensample.noise import NoiseStream
 from tests.tiny_models import tiny_pipeline
 from tests.tiny_pipelines import tiny_ddpm, tiny_sd3
@@ -141,6 +149,48 @@ def test_bad_solves(times: list[float], options: dict[str, Any], message: str) -
         transport(lambda x, t: x, torch.zeros(2, 2), times, divergence, **options)
     with pytest.raises(ValueError, match="no graph to x"):
         transport(lambda x, t: x.detach(), torch.zeros(2, 2), [0, 1], Exact())
+
+
+def test_paths_of_the_sde_bound_its_density_and_many_of_them_give_it() -> None:
+    path = make_interpolant("linear")
+    target = GaussianMixture.isotropic([1.0], [[1.0]], [0.5])
+    x = torch.tensor([[-0.5], [0.5], [1.0], [2.0]], dtype=torch.float64)
+    exact = target.log_density(x, path, 1.0)
+    wrong = 0.3  # added to the drift: the density of the SDE's own samples, not of the data
+
+    def epsilon(t: float) -> float:
+        return 0.4 * (1.0 - t)
+
+    def drift(y: Tensor, t: float, shift: float) -> Tensor:
+        variance = (1 - t) ** 2 + 0.5 * t**2
+        return 1.0 + (0.5 * t - (1 - t) - epsilon(t)) / variance * (y - t) + shift
+
+    copies, times = 100, np.linspace(1.0, 0.0, 81)
+    rows = x.repeat(copies, 1)  # more paths as rows of one batch
+    keys = NoiseStream((3,) * len(rows), tuple(range(len(rows))))
+
+    def weights(shift: float) -> Tensor:
+        found = feynman_kac(
+            lambda y, t: drift(y, t, shift), epsilon, rows, times, log_normal, Exact(), keys, paths=2
+        )
+        assert found.log_prob.shape == found.bound.shape == (len(rows),)
+        return found.log_weights.reshape(2 * copies, len(x))
+
+    found = PathWeights(weights(0.0))
+    spread = found.log_weights.std(0) / math.sqrt(2 * copies)
+    assert bool((spread > 0.01).all())
+    assert bool((found.bound < exact).all())
+    assert bool(((found.log_prob - exact).abs() < 4 * spread + 0.02).all())
+    # Linear drifts shift the mean only: d' = A d + shift, with A the slope of the drift.
+    d = 0.0
+    for t, h in zip(np.linspace(0.0005, 0.9995, 1000), np.full(1000, 1e-3), strict=True):
+        v = (1 - t) ** 2 + 0.5 * t**2
+        d += h * (((0.5 * t - (1 - t)) - epsilon(t)) / v * d + wrong)
+    moved = PathWeights(weights(wrong))
+    shifted = target.log_density(x - d, path, 1.0)
+    assert bool(((moved.log_prob - shifted).abs() < 4 * spread + 0.03).all())
+    with pytest.raises(ValueError, match="must fall"):
+        feynman_kac(lambda y, t: y, epsilon, x, [0.0, 1.0], log_normal, Exact(), keys)
 
 
 # ----- divergence ------------------------------------------------------------------------------------------------

@@ -103,14 +103,14 @@ def train(
         reward_weights={"class": 1.0, "ink": 10.0} if "ink" in terms else None, alignment=alignment,
         training=TrainingConfig(
             output_dir=str(folder), steps=steps, batch_size=TREES, seed=seed, device="cpu", tensorboard=False,
-            ema_decays=[], log_every=1, evaluate_every=max(1, -(-steps // 4)), checkpoint_every=10**6,
+            ema_decays=[], log_every=1, evaluate_every=-(-steps // 4) if judged else steps, checkpoint_every=10**6,
         ),
         optimizer=OptimizerConfig(learning_rate=rate, betas=(0.9, 0.999)),
         schedule=ScheduleConfig(decay="linear", warmup_steps=0), callbacks=[curve],
     )  # fmt: skip
     cpu, base = time.process_time(), curve(trainer, 0)
-    if name != "none":
-        trainer.run()
+    if name != "none" and trainer.run().reason != "finished":
+        raise SystemExit("stopped by a signal")
     metrics = folder / "metrics.jsonl"
     records = [
         base,
@@ -165,8 +165,9 @@ def cells(part: str, work: Path) -> list[tuple[str, str, str, float, int]]:
         ]
     if part == "tune":
         return [("weak", REWARDS[0], n, r, TUNING_SEED) for n in names for r in RATES]
-    size, rewards, seeds = ("weak", REWARDS, SEEDS) if part == "run" else ("main", REWARDS[:1], SEEDS[:1])
-    return [(size, r, n, best_rate(work, n), s) for s in seeds for r in rewards for n in names]
+    if part == "main":
+        return [("main", REWARDS[0], n, best_rate(work, n), SEEDS[0]) for n in ("split-only", "flat")]
+    return [("weak", r, n, best_rate(work, n), s) for s in SEEDS for r in REWARDS for n in names]
 
 
 def cell_path(work: Path, size: str, reward: str, name: str, rate: float, seed: int) -> Path:

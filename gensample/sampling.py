@@ -147,19 +147,22 @@ def run(
     ``progress`` is called after every step.  Outputs that are not finite are looked for together, once a few megabytes
     of them have passed, and named as by ``walk``.
     """
-    evaluate, draw = _Evaluations(denoiser, cond, guidance), _Draws(noise, latents)
-    guard, update, network_input = FiniteGuard(), solver.update, solver.network_input
-    state, x = SolverState(), latents
-    steps = (*solver.step_of_stage, None)
+    draw, guard, denoise = _Draws(noise, latents), FiniteGuard(), denoiser.denoise
+    guided = None if guidance is None else _Evaluations(denoiser, cond, guidance)
+    rescaled = type(solver).network_input is not Solver.network_input
+    update, path, steps = solver.update, solver.path, solver.step_of_stage
+    state, x, room = SolverState(), latents, guard.room(latents)
     for stage, t in enumerate(solver.stage_times):
-        draw.step = steps[stage]  # type: ignore[assignment]
-        output = evaluate(network_input(x, stage), t)
+        draw.step = steps[stage]
+        seen = solver.network_input(x, stage) if rescaled else x
+        output = denoise(seen, t, cond).output if guided is None else guided(seen, t)
         x, state = update(x, output, state, draw)
-        if guard.keep(output, draw.step, t, solver.path):
-            guard.look(x, solver.path)
-        if progress is not None and steps[stage + 1] != draw.step:
+        guard.keep(output, steps[stage], t, path)
+        if stage % room == room - 1:
+            guard.look(x, path)
+        if progress is not None and steps[stage : stage + 2] != (steps[stage],) * 2:
             progress()
-    guard.look(x, solver.path)
+    guard.look(x, path, last=True)
     _check_final(x)
     return x
 

@@ -24,7 +24,6 @@ class FiniteGuard:
     def __init__(self) -> None:
         self._sums: list[tuple[int, float, Tensor]] = []  # per row, of a device's outputs or of bad ones
         self._kept: list[tuple[int, float, Tensor]] = []
-        self._room: int | None = None
 
     def check(self, output: Tensor, step: int, sigma: float, *, last: bool) -> None:
         """Record the network's ``output`` (B, ...) of ``step`` at noise level ``sigma``: alpha(t) of the path.
@@ -41,18 +40,21 @@ class FiniteGuard:
         if on_cpu or last:
             self._raise_if_bad()
 
-    def keep(self, output: Tensor, step: int, t: float, path: Path) -> bool:
-        """Remember the ``output`` at time ``t`` of ``step``; True once so much is kept that it is time to look."""
-        if not output.is_cpu:
-            self._sum_rows(output, step, float(noise_level(path, t)))
-            return False
-        self._kept.append((step, t, output))
-        if self._room is None:
-            self._room = _KEPT_BYTES // max(1, output.nbytes)
-        return len(self._kept) > self._room
+    @staticmethod
+    def room(x: Tensor) -> int:
+        """After how many outputs as large as ``x`` it is time to :meth:`look`."""
+        return 1 + _KEPT_BYTES // max(1, x.nbytes)
 
-    def look(self, x: Tensor, path: Path) -> None:
-        """Raise FloatingPointError as :meth:`check` does if an output kept since the last look was not finite.
+    def keep(self, output: Tensor, step: int, t: float, path: Path) -> None:
+        """Remember the ``output`` (B, ...) at time ``t`` of ``step``."""
+        if output.is_cpu:
+            self._kept.append((step, t, output))
+        else:
+            self._sum_rows(output, step, float(noise_level(path, t)))
+
+    def look(self, x: Tensor, path: Path, *, last: bool = False) -> None:
+        """Raise FloatingPointError as :meth:`check` does if an output kept since the last look was not finite; off a
+        CPU at the ``last`` look only.
 
         On a CPU their state ``x`` (B, ...) tells, in one reduction: what is not finite stays so in linear updates.
         """
@@ -60,7 +62,7 @@ class FiniteGuard:
         if kept and not _is_finite(x):
             for step, t, output in kept:
                 self._sum_rows(output, step, float(noise_level(path, t)))
-        if self._sums:
+        if self._sums and (kept or last):
             self._raise_if_bad()
 
     def _sum_rows(self, output: Tensor, step: int, sigma: float) -> None:

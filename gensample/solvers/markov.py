@@ -142,8 +142,7 @@ class MarkovSolver(Solver):
     ) -> tuple[Tensor, SolverState]:
         """Consume the output of stage ``state.stage``."""
         row, std = self._rows[state.stage]
-        x = wide(x)
-        mean = row(x, output)
+        mean = row(x if x.dtype is torch.float32 else wide(x), output)
         if std is not None:
             mean = mean.add_(noise().to(mean) * std)
         return mean, SolverState(state.stage + 1, (), True)

@@ -42,6 +42,7 @@ from gensample.solvers.rows import (
     drift_row,
     heads,
     noise_rate,
+    scalar,
     wide,
 )
 
@@ -77,7 +78,7 @@ class _Stage:
     is added with it; first_slope, first_std: the same in the first step of a run."""
 
     slope: ScalarRow
-    weights: tuple[Tensor | None, ...]
+    weights: dict[torch.dtype, tuple[Tensor | None, ...]]
     std: float
     first_slope: ScalarRow
     first_std: float
@@ -135,7 +136,7 @@ class RungeKuttaSolver(Solver):
         if std > 0:
             start = start + noise().to(x) * std
         moved = start
-        for weight, k in zip(stage.weights, slopes, strict=True):
+        for weight, k in zip(stage.weights[x.dtype], slopes, strict=True):
             if weight is not None:
                 moved = moved + k * weight
         carried = () if stage.ends_step else (start, *slopes)
@@ -153,7 +154,10 @@ class RungeKuttaSolver(Solver):
             stages.append(
                 _Stage(
                     ScalarRow(rows[0], names),
-                    tuple(torch.tensor(h * w, dtype=torch.float64) if w else None for w in weights),
+                    {
+                        dtype: tuple(scalar(h * w, dtype) if w else None for w in weights)
+                        for dtype in (torch.float32, torch.float64)
+                    },
                     self._std(i, j, ends),
                     ScalarRow(rows[1] if self.name == "strang" else rows[0], names),
                     self._std(i, j, ends, first=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -23,7 +24,10 @@ class AlignmentConfig:
 
     combination: of several rewards: their weighted ``sum``; the sum of each one ``normalised`` in its tree (MixGRPO);
         or the weighted sum of the ``advantages`` of each (TreeGRPO).
-    global_std: divide by the standard deviation of all rewards of the iteration, not each tree's (Flow-GRPO).
+    global_std, fixed_std: divide by the standard deviation of all rewards of the iteration, not each tree's
+        (Flow-GRPO), or by this number.
+    kl_in_reward: take so many times the path's divergence from the reference off the reward, as the exact gradient of
+        a KL-regularised objective asks beside ``objective.kl`` (gensample.alignment.penalty); 0 as in published codes.
     mode: ``recompute`` the forward pass for gradients, or ``retain_graph`` from the rollout (memory of all trained
         steps, and one update a rollout).
     micro_batch: network rows a call, in rollout and update.
@@ -36,6 +40,8 @@ class AlignmentConfig:
     updates_per_rollout: int = 1
     combination: Combination = "sum"
     global_std: bool = False
+    fixed_std: float | None = None
+    kl_in_reward: float = 0.0
     mode: Mode = "recompute"
     micro_batch: int = 64
     advantages: AdvantageRule = field(default_factory=AdvantageRule)
@@ -60,5 +66,13 @@ class AlignmentConfig:
                 "mode='retain_graph' serves one policy-gradient update of a rollout; use mode='recompute' for "
                 f"updates_per_rollout={self.updates_per_rollout} or nft"
             )
-        if self.global_std and self.combination == "advantages":
-            raise ValueError("global_std divides one combined reward; use combination='sum' or 'normalised'")
+        if (self.global_std or self.fixed_std is not None) and self.combination == "advantages":
+            raise ValueError(
+                "global_std and fixed_std divide one combined reward; use combination='sum' or 'normalised'"
+            )
+        if self.fixed_std is not None and (self.global_std or not self.fixed_std > 0):
+            raise ValueError(f"fixed_std={self.fixed_std} must be positive, and global_std then false")
+        if not 0 <= self.kl_in_reward < math.inf or (self.kl_in_reward and self.combination != "sum"):
+            raise ValueError(
+                f"kl_in_reward={self.kl_in_reward} must not be negative, and needs combination='sum' of rewards"
+            )

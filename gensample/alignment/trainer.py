@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,43 +20,23 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gensample.alignment.advantages import Advantages, PerEdge, normalise_rewards
+from gensample.alignment.advantages import Advantages, normalise_rewards
 from gensample.alignment.config import AlignmentConfig
 from gensample.alignment.nft import nft_accumulate, old_decay
 from gensample.alignment.old_policy import OldNetwork
+from gensample.alignment.penalty import path_divergence
+from gensample.alignment.part import Part
 from gensample.alignment.policy import Policy
 from gensample.alignment.prompts import PromptBatches, Prompts
-from gensample.alignment.reward_calls import PendingRewards, RewardCalls
-from gensample.alignment.rollout import TreeRollout, diversity, roll_out
+from gensample.alignment.reward_calls import RewardCalls
+from gensample.alignment.rollout import diversity, roll_out
 from gensample.alignment.schedule import TreePlan, TreeSchedule
-from gensample.alignment.update import OldPolicy, accumulate, total_weight, update_logs
-from gensample.denoisers import Conditioning
+from gensample.alignment.update import accumulate, total_weight, update_logs
 from gensample.noise import NoiseStream, stream_key
 from gensample.training.batches import Batch
 from gensample.training.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from gensample.training.loop import Trainer
 from gensample.training.validation import Callback
-
-
-@dataclass(eq=False)
-class Part:
-    """The trees of one micro-batch: their rollout, and what was made of their rewards."""
-
-    conditioning: Conditioning
-    keys: NoiseStream
-    rollout: TreeRollout
-    pending: list[PendingRewards]
-    rewards: Tensor | None = None
-    advantages: Advantages | None = None
-    masks: PerEdge | None = None
-    old: OldPolicy | None = None
-
-    def leaf_keys(self, update: int) -> NoiseStream:
-        """A stream a leaf for the noise of an update."""
-        leaves = self.rollout.plan.leaves
-        rows = np.repeat(np.arange(len(self.keys)), leaves)
-        ordinals = np.tile(np.arange(leaves), len(self.keys))
-        return self.keys.select(rows.tolist()).extend(ordinals).extend(np.full(len(rows), update))
 
 
 class AlignmentTrainer(Trainer):
@@ -128,7 +107,8 @@ class AlignmentTrainer(Trainer):
     def _bind_reference(self) -> None:
         """A frozen copy of the first weights where a term pulls to them and no adapter can be switched off."""
         nft = self.alignment.nft
-        asked = nft.kl > 0 if nft is not None else self.alignment.objective.kl > 0
+        asked = self.alignment.objective.kl > 0 if nft is None else nft.kl > 0
+        asked = asked or self.alignment.kl_in_reward > 0
         nets = self.policy.denoiser.nets
         if asked and "reference" not in nets and not getattr(self.model, "peft_config", None):
             nets["reference"] = copy.deepcopy(self.model).requires_grad_(False)
@@ -200,7 +180,8 @@ class AlignmentTrainer(Trainer):
         rollout = roll_out(
             self.policy, plan, keys, np.arange(len(trees)), micro_batch=self.alignment.micro_batch,
             retain_graph=self.alignment.mode == "retain_graph",
-            keep_outputs=tuning is not None and tuning.target == "best_velocity",
+            keep_outputs=self.alignment.kl_in_reward > 0
+            or (tuning is not None and tuning.target == "best_velocity"),
         )  # fmt: skip
         images = self.policy.decode(rollout.final)
         pending = [
@@ -222,44 +203,51 @@ class AlignmentTrainer(Trainer):
             part.rewards = torch.where(torch.cat([t.valid for t in tables]), values, torch.nan)
             for failure in (f for t in tables for f in t.failures):
                 self._recorder.say(f"step {step + 1}: reward {failure}: masked")
-        scale = self._global_std(plan, parts) if self.alignment.global_std else None
+            if self.alignment.kl_in_reward:
+                self.policy.denoiser.conditioning = part.conditioning
+                part.divergence = path_divergence(
+                    self.policy, part.rollout, micro_batch=self.alignment.micro_batch
+                )
+        scale = self._global_std(plan, parts) if self.alignment.global_std else self.alignment.fixed_std
         for part in parts:
             assert part.rewards is not None
-            part.advantages = self._advantages(plan, part.rewards, part.rollout, scale)
+            part.advantages = self._advantages(plan, part, scale)
             part.masks = self.alignment.pruning.masks(plan, part.advantages.fused, step)
             named = {
                 f"reward/{n}": float(v.nanmean())
                 for n, v in zip(self.rewards.names, part.rewards, strict=True)
             }
+            if part.divergence is not None:
+                named["path_divergence"] = float(part.divergence.mean())
             spread = {f"diversity/{k}": v for k, v in diversity(part.rollout).items()}
             logs.append(named | part.advantages.logs | spread)
         return self._averaged(logs)
 
-    def _combined(self, plan: TreePlan, rewards: Tensor) -> Tensor:
+    def _combined(self, plan: TreePlan, part: Part) -> Tensor:
         """One reward a leaf (P L,)."""
+        rewards = _made(part.rewards)
         if self.alignment.combination == "normalised":
             rewards = normalise_rewards(plan, rewards)
-        return self._weights() @ rewards
+        total: Tensor = self._weights() @ rewards
+        return total if part.divergence is None else total - self.alignment.kl_in_reward * part.divergence
 
     def _weights(self) -> Tensor:
         return torch.tensor([self.reward_weights[n] for n in self.rewards.names], dtype=torch.float64)
 
-    def _advantages(
-        self, plan: TreePlan, rewards: Tensor, rollout: TreeRollout, scale: float | None
-    ) -> Advantages:
-        rule = self.alignment.advantages
+    def _advantages(self, plan: TreePlan, part: Part, scale: float | None) -> Advantages:
+        rule, rollout = self.alignment.advantages, part.rollout
         scores = {step: values.cpu() for step, values in rollout.log_probs.items()}
         if self.alignment.combination == "advantages":
             return rule.combine(
-                plan, rewards, self._weights(), log_probs=scores, dimensions=rollout.dimensions
+                plan, _made(part.rewards), self._weights(), log_probs=scores, dimensions=rollout.dimensions
             )
         return rule(
-            plan, self._combined(plan, rewards), log_probs=scores, dimensions=rollout.dimensions, scale=scale
+            plan, self._combined(plan, part), log_probs=scores, dimensions=rollout.dimensions, scale=scale
         )
 
     def _global_std(self, plan: TreePlan, parts: list[Part]) -> float | None:
         """Unbiased standard deviation of the combined rewards of all processes; None where they are all equal."""
-        values = torch.cat([self._combined(plan, p.rewards) for p in parts if p.rewards is not None])
+        values = torch.cat([self._combined(plan, part) for part in parts])
         values = values[~values.isnan()]
         count, total = self._sum(
             torch.stack([torch.tensor(float(len(values))), values.sum()]).double()

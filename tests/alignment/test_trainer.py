@@ -66,6 +66,29 @@ def test_four_iterations_are_two_and_two_bitwise(tmp_path: Path, options: dict[s
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
 
+def test_the_divergence_from_the_reference_is_taken_off_the_reward(tmp_path: Path) -> None:
+    config = AlignmentConfig(
+        kl_in_reward=2.0,
+        fixed_std=1.0,
+        objective=Objective(kl=2.0),
+        advantages=AdvantageRule(baseline="leaf"),
+    )
+    run = tiny_run(tmp_path, steps=3, alignment=config, optimizer=OptimizerConfig(learning_rate=3e-2))
+    run.run()
+    first, *_, last = figures(tmp_path)
+    assert first["path_divergence"] == 0.0
+    assert last["path_divergence"] > 0.0
+    plan = run.trees.at(3)
+    part = run._roll_out(3, plan, run.source.batch(3, slice(0, 2)))
+    run._judge(3, plan, [part])
+    assert part.rewards is not None
+    assert part.divergence is not None
+    assert part.advantages is not None
+    total = (part.rewards.sum(0) - 2.0 * part.divergence).view(2, -1)
+    expected = total - total.mean(1, keepdim=True)
+    torch.testing.assert_close(part.advantages.values[-1].view(2, -1), expected)
+
+
 def test_the_window_moves_with_the_iteration() -> None:
     trained = [moving_window().at(step).trained_steps for step in range(4)]
     assert trained == [(0, 1), (0, 1), (0, 1, 2), (0, 1, 3)]
@@ -208,6 +231,8 @@ def test_bad_settings_are_refused(tmp_path: Path, options: dict[str, Any], compl
         ({"mode": "retain_graph", "updates_per_rollout": 2}, "retain_graph"),
         ({"mode": "retain_graph", "nft": NFT()}, "retain_graph"),
         ({"global_std": True, "combination": "advantages"}, "global_std"),
+        ({"global_std": True, "fixed_std": 1.0}, "fixed_std=1"),
+        ({"kl_in_reward": 0.1, "combination": "normalised"}, "kl_in_reward=0.1"),
     ],
 )
 def test_bad_configurations_are_refused(settings: dict[str, Any], complaint: str) -> None:

@@ -5,11 +5,11 @@ gradient
 
     E[ sum_i grad log p_i (r - lambda sum_{j > i} KL_j) - lambda sum_i grad KL_i ].
 
-``Objective.kl`` alone is its last term, as in published codes, and ignores how an edge changes what later steps
-pay.  With lambda times :func:`path_divergence` taken off the reward as well, advantages left out of their own baseline
-(``leave_one_out``) and not divided by a std (``scale=1``), and clips that do not bind, the update descends the whole
-gradient; where x_T does not depend on the start (eps "sbdm" of scale 1) its optimum is the reference's law of x_T tilted
-by exp(r/lambda).
+``Objective.kl`` alone is its last term, as in published codes, and ignores how an edge changes what later steps pay.
+With lambda times :func:`path_divergence` taken off the reward as well, advantages left out of their own baseline
+(``leave_one_out``) and not divided by a std (``scale=1``), and clips that do not bind, the update follows the whole
+gradient.  Where x_T does not depend on the start (eps "sbdm" of scale 1) and steps are fine, its optimum is the
+reference's law of x_T tilted by exp(r/lambda).
 
 Shapes: P = prompts, L = leaves of a tree, n_i = nodes of level i.
 """

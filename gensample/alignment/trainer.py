@@ -24,8 +24,8 @@ from gensample.alignment.advantages import Advantages, normalise_rewards
 from gensample.alignment.config import AlignmentConfig
 from gensample.alignment.nft import nft_accumulate, old_decay
 from gensample.alignment.old_policy import OldNetwork
-from gensample.alignment.penalty import path_divergence
 from gensample.alignment.part import Part
+from gensample.alignment.penalty import path_divergence
 from gensample.alignment.policy import Policy
 from gensample.alignment.prompts import PromptBatches, Prompts
 from gensample.alignment.reward_calls import RewardCalls

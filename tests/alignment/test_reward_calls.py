@@ -80,11 +80,12 @@ def test_unusable_answers_are_masked(answer: Tensor) -> None:
 
 def test_late_calls_give_their_place_away() -> None:
     """One worker: the first call hangs until the end, the second is answered; nobody is waited for twice."""
-    release = threading.Event()
+    release, ended = threading.Event(), threading.Event()
 
     def hanging(images: Tensor, cond: Any = None) -> Tensor:
         if int(cond.batched["class_labels"][0]) == 0:
             release.wait(20)
+            ended.set()
         return brightness(images)
 
     calls = RewardCalls({"hanging": hanging}, RewardCallConfig(workers=1, timeout=0.2, retries=0, max_lost=0))
@@ -97,7 +98,8 @@ def test_late_calls_give_their_place_away() -> None:
     assert "no answer in time" in tables[1].failures[0]
     with pytest.raises(RuntimeError, match="1 reward calls have not come back"):
         calls.submit(IMAGES, cond())
-    release.set()
+    release.set()  # a thread that outlived the interpreter could end it badly
+    assert ended.wait(5.0)
 
 
 def test_rewards_that_read_prompts_are_told_them() -> None:

@@ -66,8 +66,10 @@ class FiniteGuard:
             self._raise_if_bad()
 
     def _sum_rows(self, output: Tensor, step: int, sigma: float) -> None:
-        dtype = torch.promote_types(output.dtype, torch.float32)
-        self._sums.append((step, sigma, output.detach().flatten(1).sum(dim=1, dtype=dtype)))
+        if output.requires_grad:
+            output = output.detach()
+        axes = tuple(range(1, output.ndim))
+        self._sums.append((step, sigma, output.sum(dim=axes, dtype=_wide(output.dtype)) if axes else output))
 
     def _raise_if_bad(self) -> None:
         seen, self._sums = self._sums, []
@@ -83,6 +85,10 @@ class FiniteGuard:
 
 def _is_finite(values: Tensor) -> bool:
     """Whether a CPU tensor's sum is finite."""
-    if values.dtype is torch.float32:
-        return math.isfinite(values.sum().item())
-    return math.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).item())
+    return math.isfinite(
+        (values.sum() if values.dtype is torch.float32 else values.sum(dtype=_wide(values.dtype))).item()
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -292,7 +293,8 @@ def main() -> None:
     peer, ours = Peer(network), Ours(network)
     size = sum(p.numel() for p in network.parameters()) / 1e6
     print(f"# benchmarks/tree_grpo.py, {datetime.date.today()}, {where}, best of {args.repeats}; torch "
-          f"{torch.__version__}, Python {platform.python_version()}; DiT of {size:.2f} M parameters")  # fmt: skip
+          f"{torch.__version__}, Python {platform.python_version()}; DiT of {size:.2f} M parameters; "
+          f"load average {os.getloadavg()[0]:.1f}")  # fmt: skip
     distance = same_gradient(network, peer, ours)
     print(f"gradient of shared parents against one pass an edge: relative distance {distance:.1e}")
     work = entries(peer, ours)

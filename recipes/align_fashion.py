@@ -160,7 +160,7 @@ def cells(part: str, work: Path) -> list[tuple[str, str, str, float, int]]:
     names = list(schedules())
     if part == "base":
         return [
-            (size, r, "none", 0.0, 0)
+            (size, r, "none", RATES[0], 0)
             for size, r in (("weak", REWARDS[0]), ("weak", REWARDS[1]), ("main", REWARDS[0]))
         ]
     if part == "tune":

@@ -400,3 +400,19 @@ def test_layer_tuning_waits_for_a_best_leaf_that_stands_out() -> None:
     for bad in ({"weight": -1.0}, {"target": "leaf"}, {"cap": 0.0}, {"kappa": -1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             LayerTuning(**bad)  # type: ignore[arg-type]
+
+
+def test_without_its_extras_a_dynamic_tree_is_the_plain_one() -> None:
+    """growth, sensitivity and the weight of layer tuning at zero: bitwise the gradient of splits in a window."""
+    policy, found = tiny_policy(), []
+    for plan, objective in (
+        (split_only(steps=6, splits=(0, 1, 2)).at(0), Objective()),
+        (
+            dynamic_tree(steps=6, depth=3, growth=0.0).at(0),
+            Objective(clip=Clip(sensitivity=0.0), layer_tuning=LayerTuning(weight=0.0)),
+        ),
+    ):
+        rollout = trees(policy, plan, 2)
+        accumulate(policy, rollout, scored(rollout), objective)
+        found.append(gradient(policy))
+    assert torch.equal(found[0], found[1])

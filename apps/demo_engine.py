@@ -49,9 +49,11 @@ class Settings:
 
     @property
     def evaluations(self) -> int:
-        """Rows that the network will evaluate: guidance and Heun's method double them."""
+        """Rows that the network will evaluate: guidance doubles them, solvers of several stages multiply them."""
+        from gensample.solvers import stages_per_step
+
         rows = 1 if self.scale in (0.0, 1.0) else 2
-        return len(self.labels) * self.steps * rows * (2 if self.solver == "heun" else 1)
+        return len(self.labels) * self.steps * rows * stages_per_step(self.solver)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gensample.apps.fid import report_errors
+from gensample.apps.sample import SOLVER_HELP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=1000, help="images to score, a multiple of 10 and at least 100")
     add("--steps", type=int, default=16, help="sampling steps")
     add("--scale", type=float, default=1.0, help="classifier-free guidance scale; 1 is the conditional model")
-    add("--solver", help="euler, ddim, heun, em, exp or exp2m; default: the pipeline's scheduler")
+    add("--solver", help=SOLVER_HELP)
     add("--seed", type=int, default=0)
     add("--json", action="store_true", help="one line of JSON on stdout instead of the table")
     add("--quiet", action="store_true", help="no progress on stderr")

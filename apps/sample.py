@@ -28,6 +28,17 @@ if TYPE_CHECKING:
     from gensample.solvers import Diffusion
 
 
+# Written out, because the parser must not import torch; a test compares them with the library's lists.
+SOLVER_HELP = (
+    "euler, ddim, ab2, heun, midpoint or rk4 (ODE), em, exp, exp2m, sheun or strang (SDE), or a published sampler: "
+    "sit-paper, sit-code, repa, flow-grpo, ancestral-rf, ddpm-ancestral; default: the pipeline's scheduler"
+)
+DIFFUSION_HELP = (
+    "eps(t) of an SDE solver: constant, sigma, sigma-paper, linear, decreasing, sin2, sbdm, grpo, kl-optimal or "
+    "ancestral-rf, with a scale as in sigma:0.5"
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the subcommand."""
     add = parser.add_argument
@@ -36,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--per-label", type=int, default=8, help="images of each label: one row of the grid")
     add("--steps", type=int, default=32, help="sampling steps")
     add_guidance_arguments(parser)
-    add("--solver", help="euler, ddim, heun, em, exp or exp2m; default: the pipeline's scheduler")
-    add("--diffusion", help="of em, exp and exp2m: sigma, constant or sbdm, with a scale as in sigma:0.5")
+    add("--solver", help=SOLVER_HELP)
+    add("--diffusion", help=DIFFUSION_HELP)
     add("--seed", type=int, default=0, help="sample i depends on this and i alone")
     add("--batch-size", type=int, default=25, help="images per network call; changes no image")
     add("--out", help="PNG file of a grid, one row per label")
@@ -110,13 +121,13 @@ def _sample(ns: Any, w: World) -> None:
 def _options(ns: Any) -> DrawOptions:
     """The checked options of the draw, by the names of the command line."""
     from gensample.apps.drawing import DrawOptions
-    from gensample.solvers import SOLVERS, STOCHASTIC_SOLVERS
+    from gensample.solvers import PRESETS, SOLVERS, STOCHASTIC_SOLVERS
 
     for name in ("steps", "per_label", "batch_size"):
         if getattr(ns, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(ns, name)} must be at least 1")
-    if ns.solver is not None and ns.solver not in SOLVERS:
-        raise ValueError(f"--solver {ns.solver} is unknown; use one of {', '.join(SOLVERS)}")
+    if ns.solver is not None and ns.solver not in (*SOLVERS, *PRESETS):
+        raise ValueError(f"--solver {ns.solver} is unknown; use one of {', '.join((*SOLVERS, *PRESETS))}")
     if ns.diffusion is not None and ns.solver not in STOCHASTIC_SOLVERS:
         raise ValueError(f"--diffusion {ns.diffusion} needs --solver {', '.join(STOCHASTIC_SOLVERS)}")
     check_guidance(ns)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gensample.apps.fid import report_errors
 from gensample.apps.guidance_options import add_guidance_arguments, check_guidance, guidance_rule
+from gensample.apps.sample import DIFFUSION_HELP
 
 if TYPE_CHECKING:
     from gensample.rewards import Reward
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--steps", type=int, default=16, help="sampling steps")
     add("--solver", default="exp", help="exp or em; scheduler is the pipeline's own")
-    add("--diffusion", help="of exp and em: sigma, constant or sbdm, with a scale as in sigma:0.5")
+    add("--diffusion", help=DIFFUSION_HELP)
     add_guidance_arguments(parser)  # --classifier is of class: rewards too
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=16, help="rows per network call")

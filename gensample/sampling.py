@@ -23,7 +23,15 @@ from gensample.noise import GeneratorLike, NoiseStream
 from gensample.schedulers.finite import FiniteGuard
 from gensample.schedulers.solver_adapter import SchedulerSolver
 from gensample.schedulers.step_noise import queued_to
-from gensample.solvers import Diffusion, Solver, SolverState, advance, make_solver, noise_level
+from gensample.solvers import (
+    STOCHASTIC_SOLVERS,
+    Diffusion,
+    Solver,
+    SolverState,
+    advance,
+    noise_level,
+    solver_over,
+)
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -90,11 +98,11 @@ class _Draws:
     """Standard normals (B, ...) of ``step``, from stream (seed, sample, path=(step,), "step")."""
 
     def __init__(self, noise: NoiseStream, latents: Tensor) -> None:
-        self._noise, self._shape, self._device = noise, latents.shape[1:], latents.device
-        self.step = 0
+        self._noise, self._latents, self.step = noise, latents, 0
 
     def __call__(self) -> Tensor:
-        return queued_to(self._noise.normal(self._shape, path=(self.step,), purpose="step"), self._device)
+        noise = self._noise.normal(self._latents.shape[1:], path=(self.step,), purpose="step")
+        return queued_to(noise, self._latents.device)
 
 
 @torch.no_grad()
@@ -134,14 +142,9 @@ def walk(
 
 @torch.no_grad()
 def run(
-    denoiser: Denoiser,
-    cond: Conditioning,
-    solver: Solver,
-    latents: Tensor,
-    noise: NoiseStream,
-    guidance: Guidance | None = None,
-    progress: Callable[[], object] | None = None,
-) -> Tensor:
+    denoiser: Denoiser, cond: Conditioning, solver: Solver, latents: Tensor, noise: NoiseStream,
+    guidance: Guidance | None = None, progress: Callable[[], object] | None = None,
+) -> Tensor:  # fmt: skip
     """The latents (B, ...) at the end of :func:`walk`, without stopping between steps.
 
     ``progress`` is called after every step.  Outputs that are not finite are looked for together, once a few megabytes
@@ -218,8 +221,8 @@ def sample(
         ``height=`` or ``class_labels=``) or a Denoiser with its conditioning bound.
     num_samples: for unconditional models; otherwise the conditioning says how many.
     guidance: a rule of ``gensample.guidance``; None is the plain conditional model.
-    solver: a name of ``gensample.solvers.SOLVERS``, a Solver (with its own times: ``num_inference_steps`` is not
-        read), or None for the pipeline's own scheduler.
+    solver: a name of ``gensample.solvers.SOLVERS``, a published sampler of ``gensample.solvers.PRESETS``, a Solver
+        (with its own times: ``num_inference_steps`` is not read), or None for the pipeline's own scheduler.
     diffusion: of a stochastic solver; see ``gensample.solvers.Diffusion``.
     generator, sample_ids: the noise; see ``NoiseStream.from_generator``.
     latents: initial noise (B, ...) instead of drawn noise.
@@ -249,15 +252,9 @@ Ready = tuple[Denoiser, Conditioning, Solver, Tensor, NoiseStream, Guidance | No
 
 
 def _prepared(
-    denoiser: Denoiser,
-    num_inference_steps: int,
-    guidance: Guidance | None,
-    solver: str | Solver | None,
-    diffusion: Diffusion | None,
-    generator: GeneratorLike,
-    sample_ids: Sequence[int] | None,
-    latents: Tensor | None,
-) -> Ready:
+    denoiser: Denoiser, num_inference_steps: int, guidance: Guidance | None, solver: str | Solver | None,
+    diffusion: Diffusion | None, generator: GeneratorLike, sample_ids: Sequence[int] | None, latents: Tensor | None,
+) -> Ready:  # fmt: skip
     """The arguments of :func:`walk`, checked."""
     if guidance is not None and not callable(guidance):
         raise TypeError(
@@ -303,7 +300,7 @@ def choose_solver(
         return solver
     if solver is None and denoiser.scheduler is not None:
         if diffusion is not None:
-            raise ValueError(f"diffusion={diffusion} needs solver='em', 'exp' or 'exp2m'")
+            raise ValueError(f"diffusion={diffusion} needs solver= one of {STOCHASTIC_SOLVERS}")
         scheduler = denoiser.prepared_scheduler(num_inference_steps)
         own = getattr(scheduler, "solver", None)  # of our schedulers
         if isinstance(own, Solver):
@@ -315,13 +312,10 @@ def choose_solver(
             stage_times=[denoiser.time(float(t)) for t in scheduler.timesteps],
             generators=noise.torch_generators(purpose="scheduler"),
         )
-    return make_solver(
-        solver or "euler",
-        path=denoiser.path,
-        prediction_type=denoiser.prediction_type,
-        times=denoiser.times(num_inference_steps),
-        diffusion=diffusion,
-    )
+    return solver_over(
+        solver or "euler", denoiser.times, num_inference_steps, path=denoiser.path,
+        prediction_type=denoiser.prediction_type, diffusion=diffusion,
+    )  # fmt: skip
 
 
 def initial_latents(denoiser: Denoiser, solver: Solver, noise: NoiseStream, latents: Tensor | None) -> Tensor:

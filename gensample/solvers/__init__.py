@@ -23,7 +23,7 @@ from gensample.solvers.make import (
 )
 from gensample.solvers.markov import AffineTable, LastStep, MarkovName, MarkovSolver
 from gensample.solvers.multistep import AdamsBashforthSolver, Exponential2MSolver
-from gensample.solvers.presets import PRESETS, SolverPreset, preset
+from gensample.solvers.presets import PRESETS, SolverPreset, preset, solver_over
 from gensample.solvers.runge_kutta import RungeKuttaSolver
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "noise_level",
     "preset",
     "solve_adaptive",
+    "solver_over",
     "stages_per_step",
     "uniform_times",
 ]

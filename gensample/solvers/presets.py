@@ -18,6 +18,7 @@ flows and Diffusers' LTXEulerAncestralRFScheduler at eta = 1, exactly.  REPA als
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,31 @@ _ALL = (
     SolverPreset("ddpm-ancestral", "exp", Diffusion("sbdm"), 250, note="the posterior variance of DDPM"),
 )  # fmt: skip
 PRESETS: dict[str, SolverPreset] = {entry.name: entry for entry in _ALL}
+
+
+def solver_over(
+    name: str,
+    times: Callable[[int], Sequence[float]],
+    num_inference_steps: int,
+    *,
+    path: Path,
+    prediction_type: str,
+    diffusion: Diffusion | None = None,
+) -> Solver:
+    """The solver or preset called ``name`` over the grid ``times(num_inference_steps)``, or the preset's own grid.
+
+    Raises ValueError for unknown names, and a ``diffusion`` for a solver that has none or its own.
+    """
+    if name not in PRESETS:
+        return make_solver(
+            name, path=path, prediction_type=prediction_type, times=times(num_inference_steps),
+            diffusion=diffusion,
+        )  # fmt: skip
+    if diffusion is not None:
+        raise ValueError(f"solver={name!r} has its own diffusion; drop diffusion={diffusion}")
+    own = PRESETS[name]
+    grid = own.times if own.last_step_size is not None else times
+    return own.make_solver(path=path, prediction_type=prediction_type, times=tuple(grid(num_inference_steps)))
 
 
 def preset(name: str) -> SolverPreset:

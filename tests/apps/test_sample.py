@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_damaged_weights(how: str, message: str, tmp_path: Path, capsys: pytest.
         (["--per-label", "0"], "--per-label 0 must be"),
         (["--batch-size", "-1"], "--batch-size -1 must be"),
         (["--solver", "rk9"], "--solver rk9 is unknown; use one of euler"),
+        (["--solver", "sit-code", "--diffusion", "sigma"], "--diffusion sigma needs --solver em"),
         (["--diffusion", "sigma"], "--diffusion sigma needs --solver em"),
         (["--solver", "exp", "--diffusion", "sigma:x"], "--diffusion sigma:x: could not convert"),
         (["--solver", "exp", "--diffusion", "rho"], "--diffusion rho: diffusion kind='rho' is unknown"),
@@ -253,3 +255,13 @@ def test_grids_of_colour_and_of_large_images() -> None:
     colour = np.zeros((5, 100, 64, 3), dtype=np.uint8)
     assert image_grid(colour, 3).size == (3 * 66 + 2, 2 * 102 + 2)
     assert image_grid(colour, 3).mode == "RGB"
+
+
+def test_the_help_names_every_solver_and_diffusion() -> None:
+    from gensample.apps.sample import DIFFUSION_HELP, SOLVER_HELP
+    from gensample.solvers import DIFFUSIONS, PRESETS, SOLVERS
+
+    for name in (*SOLVERS, *PRESETS):
+        assert re.search(rf"\b{name}\b", SOLVER_HELP), name
+    for kind in DIFFUSIONS:
+        assert kind in DIFFUSION_HELP

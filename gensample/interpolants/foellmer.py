@@ -7,7 +7,8 @@ is what a network learns.  In terms of the interpolant's velocity, a = b + (sigm
     A = t sigma (beta' sigma/beta - sigma'),   c = (alpha' - alpha beta'/beta) base + (beta'/beta) x,   s = (a - c)/A,
 
 any other noise g has the drift a + (1/2)(g^2 - sigma^2) s.  The least path KL is at g_F = |2A - sigma^2|^(1/2), a
-Foellmer process.  A network with the heads "base" (known) and "velocity" or "x0" serves every solver as well.
+Foellmer process.  At t = 0 all of x is at one point, so general solvers, which walk densities, cannot start there:
+:func:`sample_from_point` takes its first step with g = sigma.
 
 Shapes: B = rows; drift, score, base, x: (B, ...); t: a float, or float64 (B,).
 
@@ -17,12 +18,17 @@ in tests/interpolants/test_foellmer.py.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
 import numpy as np
 from torch import Tensor
 
 from gensample.interpolants.fields import axpby, per_row
 from gensample.interpolants.paths import Float64, Scalar
 from gensample.interpolants.two_sided import PointSource
+from gensample.noise import NoiseStream
 
 
 def source_noise(path: PointSource, t: Scalar) -> Scalar:
@@ -59,6 +65,34 @@ def foellmer_noise(path: PointSource, t: Scalar) -> Scalar:
     """g_F(t); for sigma = 1 - t it is sqrt(1 - t^2) at power 1 and sqrt((1-t)(3-t)) at power 2."""
     value = np.sqrt(np.abs(2.0 * np.asarray(_response(path, t)) - np.square(source_noise(path, t))))
     return float(value) if isinstance(t, float) else value
+
+
+def sample_from_point(
+    drift: Callable[[Tensor, float], Tensor],
+    base: Tensor,
+    path: PointSource,
+    times: Sequence[float],
+    keys: NoiseStream,
+    *,
+    noise: Callable[[PointSource, Scalar], Scalar] = foellmer_noise,
+) -> Tensor:
+    """Samples (B, ...) of the data from ``base`` by Euler-Maruyama over ``times``, which rise from 0 to at most 1.
+
+    ``drift(x, t)`` is the learned a (B, ...); ``noise(path, t)`` is g, :func:`source_noise` for the process that was
+    learned.  One call a step.  A step to t = 1 ends at its mean.  Raises ValueError for times that do not fit.
+    """
+    if len(times) < 2 or times[0] != 0.0 or times[-1] > 1.0 or any(s <= t for t, s in pairwise(times)):
+        raise ValueError(f"times={list(times)} must rise strictly from 0 to at most 1")
+    x = base
+    for i, (t, s) in enumerate(pairwise(times)):
+        a = drift(x, t)
+        g = float(source_noise(path, t)) if t == 0.0 else float(noise(path, t))
+        if t > 0.0:
+            a = retuned_drift(a, source_score(a, x, base, path, t), path, t, g)
+        x = axpby(1.0, x, s - t, a)
+        if s < 1.0:
+            x = axpby(1.0, x, g * math.sqrt(s - t), keys.normal(x.shape[1:], path=(i,), purpose="step").to(x))
+    return x
 
 
 def _response(path: PointSource, t: Scalar) -> Scalar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from gensample.interpolants import GaussianMixture, PointSource, make_two_sided
 from gensample.interpolants.foellmer import (
     foellmer_noise,
     retuned_drift,
+    sample_from_point,
     source_noise,
     source_score,
     source_target,
 )
+from gensample.interpolants.paths import Scalar
 from gensample.interpolants.two_sided_oracles import CoupledMixture
+from gensample.noise import NoiseStream
 
 POINT = 0.4
 TIMES = (0.05, 0.4, 0.9)
@@ -115,10 +119,31 @@ def test_the_target_has_the_drift_as_its_mean() -> None:
         assert abs(float(slope.mean())) < 4 * float(slope.std()) / math.sqrt(n)
 
 
+@pytest.mark.parametrize("noise", [source_noise, foellmer_noise])
+def test_samples_from_the_point_follow_the_mixture(noise: Callable[[PointSource, Scalar], Scalar]) -> None:
+    """Shares of the modes, and mean and variance within them, within 5 standard errors and 2 % for 100 steps."""
+    path, law, n = make_two_sided("point_source"), mixture(), 4000
+
+    def drift(x: Tensor, t: float) -> Tensor:  # at t = 0 it is alpha' base, as beta' = 0 there
+        return exact_drift(law, x.reshape(-1, 1), path, t).reshape(x.shape) if t else -x  # type: ignore[arg-type]
+
+    start, keys = torch.full((8, n // 8), POINT, dtype=torch.float64), NoiseStream.from_generator(3, 8)
+    times = np.linspace(0, 1, 101).tolist()
+    x = sample_from_point(drift, start, path, times, keys, noise=noise)  # type: ignore[arg-type]
+    left = x < -0.4
+    assert float(left.double().mean()) == pytest.approx(0.3, abs=0.02 + 5 * math.sqrt(0.21 / n))
+    for mode, mean, variance in ((x[left], -2.0, 0.15), (x[~left], 1.5, 0.3)):
+        error = 5 / math.sqrt(len(mode))
+        assert float(mode.mean()) == pytest.approx(mean, abs=0.02 + error * variance**0.5)
+        assert float(mode.var()) == pytest.approx(variance, rel=0.04 + error * 2**0.5)
+
+
 def test_refusals() -> None:
     x = torch.zeros(2, 1)
     with pytest.raises(ValueError, match="first step with g = sigma"):
         source_score(x, x, x, paths()[0], 0.0)
+    with pytest.raises(ValueError, match="rise strictly from 0"):
+        sample_from_point(lambda x, t: x, x, paths()[0], [0.1, 1.0], NoiseStream.from_generator(0, 2))
     with pytest.raises(ValueError, match="need 'foellmer'"):
         foellmer_noise(make_two_sided("point_source", gamma="brownian"), 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"power=0\.5"):

@@ -113,6 +113,17 @@ def test_saved_and_loaded(make: Any, tmp_path: Path) -> None:
     )
 
 
+def test_previews_show_the_data_that_two_heads_mean() -> None:
+    denoiser = denoiser_from_pipeline(translation(), class_labels=[1, 1])
+    for state in gensample.stream(denoiser, num_inference_steps=3, latents=states_of(PICTURES)):
+        assert state.preview().shape == PICTURES.shape
+        x, t = state.at
+        base, x0 = (denoiser.field(state.output, x, t, name) for name in ("base", "x0"))
+        c = denoiser.path.coefficients(t)
+        noise = denoiser.field(state.output, x, t, "noise")
+        torch.testing.assert_close(c.alpha * base + c.beta * x0 + c.gamma * noise, x, rtol=0, atol=1e-4)
+
+
 def test_a_translation_has_a_likelihood_given_that_of_its_base() -> None:
     pipe = translation()
     options: dict[str, Any] = {

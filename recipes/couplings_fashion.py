@@ -48,7 +48,7 @@ def pipeline(runs: Path, name: str) -> Any:
     transformer = DiT.from_pretrained(runs / name / "model", use_safetensors=True).float().eval()
     if name == "translation":
         scheduler = StochasticInterpolantScheduler(
-            gamma="quadratic", gamma_scale=2.0, prediction_type="velocity+noise", solver="heun"
+            gamma="quadratic", gamma_scale=1.0, prediction_type="velocity+noise", solver="heun"
         )
         pipe: Any = ImageTranslationPipeline(transformer, scheduler, FASHION_CLASSES, target_class=TARGET)
     else:

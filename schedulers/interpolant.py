@@ -2,8 +2,7 @@
 
 A thin shim.  The noise levels come from an inner FlowMatchEulerDiscreteScheduler with the same configuration, so
 they agree with Diffusers bit for bit; the steps come from a solver's float64 host tables.  The object keeps only
-what Diffusers' callers expect it to remember between two ``step`` calls: the solver state, and the float32 latents
-of the previous step where the caller holds them in half precision.
+what Diffusers' callers expect it to remember: the solver state, and float32 latents for callers in half precision.
 
 Units: sigma = 1 - t, the time that runs from 1 (noise) to 0 (data); on the linear path sigma is the noise level.
 Shapes: B = rows, ... = latent shape; sample, model_output: (B, ...).
@@ -86,9 +85,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
             noise is independent of the previous one; ``set_generator`` overrides it.
 
     ``stochastic_sampling`` is accepted only as False: re-noising fully at every step gives N(0, c) data the
-    variance c/2; use a stochastic solver.
-
-    A model whose clock runs from 0 (noise) to 1 (data), such as SiT, takes ``invert_sigmas=True,
+    variance c/2; use a stochastic solver.  A model whose clock runs from 0 (noise) to 1 (data), such as SiT, takes ``invert_sigmas=True,
     num_train_timesteps=1, prediction_type="velocity"``.
     """
 
@@ -198,8 +195,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         """Set the grid and begin a new run of noise.
 
         Arguments as FlowMatchEulerDiscreteScheduler's; given ``sigmas`` are shifted as there.  ``timesteps`` has
-        one entry per network evaluation: ``order`` for each of the N steps, for the last of ``heun`` and ``rk4`` one
-        less, so that ``timesteps[k * order:]`` are the last N - k steps; ``sigmas`` has N + 1, the last 0.
+        ``order`` entries a step, one less in the last of ``heun`` and ``rk4``; ``sigmas`` has N + 1, the last 0.
 
         Raises ValueError for a step count that is not a positive integer, or sigmas that do not fall strictly.
         """
@@ -333,7 +329,10 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
     def _check_step_start(self, stage: int) -> None:
         steps = self.solver.step_of_stage
         if not 0 <= stage < len(steps):
-            raise ValueError(f"begin_index={stage} must lie in 0, ..., {len(steps) - 1}")
+            hint = (
+                " (FluxImg2ImgPipeline counts stages as steps: use solver='exp2m')" if self.order > 1 else ""
+            )
+            raise ValueError(f"begin_index={stage} must lie in 0, ..., {len(steps) - 1}{hint}")
         if stage > 0 and steps[stage - 1] == steps[stage]:
             raise ValueError(
                 f"begin_index={stage} is the second stage of a step; begin at a multiple of order={self.order}"

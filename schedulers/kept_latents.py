@@ -41,7 +41,7 @@ class KeptLatents:
             return self._exact
         if within_step and self._returned is not None:
             if not same:
-                self.edits.append((sample != self._returned).any())
+                self.edits.append(_changed(self._returned, sample))
             elif self._version is not None:
                 self.edits.append(torch.tensor(True))
         return sample if sample.dtype == torch.float64 else sample.float()
@@ -55,6 +55,17 @@ class KeptLatents:
                 "latents after whole steps, or use a solver with one stage such as 'exp2m'",
                 stacklevel=3,
             )
+
+
+def _changed(returned: Tensor, sample: Tensor) -> Tensor:
+    """Whether rows of ``sample`` differ; not the second half where it repeats an unchanged first half.
+
+    DiTPipeline under guidance copies the first half over the second before every step and drops it in the end.
+    """
+    rows, changed = len(sample) // 2, sample != returned
+    if rows == 0 or len(sample) % 2:
+        return changed.any()
+    return changed[:rows].any() | (changed[rows:].any() & (sample[:rows] != sample[rows:]).any())
 
 
 def _version(tensor: Tensor) -> int | None:

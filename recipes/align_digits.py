@@ -138,9 +138,12 @@ def methods() -> dict[str, Method]:
     depth = AlignmentConfig(micro_batch=4096)
     whole = AdvantageRule(baseline="leaf", edge_weight="descendants")
     paths = AlignmentConfig(micro_batch=4096, advantages=whole)
-    tuned = AlignmentConfig(
-        micro_batch=4096, advantages=whole, objective=Objective(layer_tuning=LayerTuning(weight=0.1))
-    )
+
+    def tuned(weight: float) -> Method:
+        objective = Objective(layer_tuning=LayerTuning(weight=weight))
+        config = AlignmentConfig(micro_batch=4096, advantages=whole, objective=objective)
+        return Method(dynamic_tree(steps=STEPS, every=6), config)
+
     nft = AlignmentConfig(
         micro_batch=4096,
         advantages=AdvantageRule(baseline="leaf"),
@@ -156,7 +159,8 @@ def methods() -> dict[str, Method]:
         "split-only, 2 roots": Method(split_only(steps=STEPS, splits=(0, 3, 6), roots=2), depth),
         "tree_grpo": Method(tree_grpo(steps=STEPS, children=2, depth=4), leaf),
         "dynamic_tree": Method(dynamic_tree(steps=STEPS, every=6), paths),
-        "dynamic_tree + LayerTuning": Method(dynamic_tree(steps=STEPS, every=6), tuned),
+        "dynamic_tree + LayerTuning": tuned(0.1),
+        "dynamic_tree + LayerTuning 0.01": tuned(0.01),
         "DiffusionNFT": Method(
             TreeSchedule(steps=STEPS, roots=LEAVES, sde="splits"), nft, cost=2 * NFT_TIMES * LEAVES
         ),

@@ -28,7 +28,8 @@ MACHINE = "2-core AMD EPYC, CPU, one thread, beside other work"
 COLOURS = {
     "flat": "#64748b", "flat, 0.6 of the steps": "#94a3b8", "mix": "#d97706", "branch": "#059669",
     "branch-mix": "#65a30d", "split-only": "#4338ca", "tree_grpo": "#0891b2", "dynamic_tree": "#db2777",
-    "dynamic_tree + LayerTuning": "#be123c", "DiffusionNFT": "#7c3aed", "split-only, 2 roots": "#818cf8",
+    "dynamic_tree + LayerTuning": "#be123c", "dynamic_tree + LayerTuning 0.01": "#f472b6",
+    "DiffusionNFT": "#7c3aed", "split-only, 2 roots": "#818cf8",
 }  # fmt: skip
 
 
@@ -86,13 +87,13 @@ def digits(work: Path) -> tuple[list[str], list[Run], Any]:
         f"accuracy under B {base[5]:.3f}; flat GRPO ends at {flat:.3f}",
         "rate: of 1e-4, 2e-4, 5e-4 the best final reward on seed 100.  evals/it: rollout + training, a class, mean.",
         "",
-        f"{'method':28s} {'seeds':5s} {'rate':6s} {'evals/it':8s} {'final reward':16s} {'to .85':10s} {'to .90':14s} "
+        f"{'method':32s} {'seeds':5s} {'rate':6s} {'evals/it':8s} {'final reward':16s} {'to .85':10s} {'to .90':14s} "
         f"{'to .94':12s} {'to flat end':13s} {'diversity':10s} {'acc. B':6s}",
     ]
     for name, found in methods.items():
         final = [run["curve"][-1] for run in found]
         lines.append(
-            f"{name:28s} {len(found):<5d} {found[0]['rate']:<6g} "
+            f"{name:32s} {len(found):<5d} {found[0]['rate']:<6g} "
             f"{found[0]['evaluations'] / found[0]['iterations']:<8.0f} {spread([f[1] for f in final]):16s} "
             f"{crossings(found, 0.85):10s} {crossings(found, 0.90):14s} {crossings(found, 0.94):12s} "
             f"{crossings(found, flat):13s} {statistics.fmean(f[4] for f in final):<10.3f} "
@@ -101,7 +102,7 @@ def digits(work: Path) -> tuple[list[str], list[Run], Any]:
     lines += ["", "tuning (seed 100, final reward):"]
     for name, found in grouped(tuning, list(COLOURS)).items():
         rates = sorted(found, key=lambda r: r["rate"])
-        lines.append(f"{name:28s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
+        lines.append(f"{name:32s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
     figure, axes = panels(2)
     for name, found in methods.items():
         x, y = mean_curve(found)

@@ -105,26 +105,24 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def report(path: Path) -> None:
     """Means, standard errors, and how many standard errors the two divergences are apart."""
-    for model in ("fashion", "fashion_weak"):
-        bits = [b for r in rows(path) if (r["kind"], r["model"]) == ("bits", model) for b in r["bits"]]
-        if bits:
-            error = float(np.std(bits, ddof=1)) / math.sqrt(len(bits))
-            print(f"{model}: {np.mean(bits):.3f} +- {error:.3f} bits a pixel over {len(bits)} test images")
-        pairs = [
-            (b, e, s)
-            for r in rows(path)
-            if (r["kind"], r["model"]) == ("agreement", model)
-            for b, e, s in zip(r["bits"], r["exact"], r["probe_error"], strict=True)
-        ]
-        if pairs:
-            b, e, s = torch.tensor(pairs, dtype=torch.float64).T
-            z = (b - e) / s
-            error = float(s.square().sum().sqrt()) / len(s)
-            print(
-                f"{model}: Hutchinson minus exact {float((b - e).mean()):+.5f} +- {error:.5f} "
-                f"bits a pixel over {len(s)} images; largest |difference| {float(z.abs().max()):.1f} standard errors, "
-                f"root mean square {float(z.square().mean().sqrt()):.2f}"
-            )
+    found: dict[tuple[str, str], dict[int, tuple[float, ...]]] = {}
+    for r in rows(path):
+        columns = zip(r["bits"], *(r[key] for key in ("exact", "probe_error") if key in r), strict=True)
+        found.setdefault((r["kind"], r["model"]), {}).update(zip(r["ids"], columns, strict=True))
+    for (kind, model), images in found.items():
+        if kind == "bits":
+            bits = np.array(list(images.values()))
+            error = float(bits.std(ddof=1)) / math.sqrt(len(bits))
+            print(f"{model}: {bits.mean():.3f} +- {error:.3f} bits a pixel over {len(bits)} test images")
+            continue
+        b, e, s = torch.tensor(list(images.values()), dtype=torch.float64).T
+        z = (b - e) / s
+        error = float(s.square().sum().sqrt()) / len(s)
+        print(
+            f"{model}: Hutchinson minus exact {float((b - e).mean()):+.5f} +- {error:.5f} "
+            f"bits a pixel over {len(s)} images; largest |difference| {float(z.abs().max()):.1f} standard errors, "
+            f"root mean square {float(z.square().mean().sqrt()):.2f}"
+        )
 
 
 if __name__ == "__main__":

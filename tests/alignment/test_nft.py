@@ -90,18 +90,18 @@ def test_updates_move_the_model_toward_the_samples_of_high_advantage() -> None:
     old = copy.deepcopy(main)
     policy.denoiser.nets["old"] = old
     points = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
-    optimizer = torch.optim.Adam(main.parameters(), lr=0.02)
-    zero = np.zeros(64, dtype=np.int64)
-    for update in range(40):
-        keys = NoiseStream.from_generator(update, 64)
-        sample, advantage = points.repeat(32, 1), torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(32)
+    optimizer = torch.optim.Adam(main.parameters(), lr=0.04)
+    zero = np.zeros(32, dtype=np.int64)
+    for update in range(20):
+        keys = NoiseStream.from_generator(update, 32)
+        sample, advantage = points.repeat(16, 1), torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(16)
         optimizer.zero_grad()
         nft_accumulate(
             policy.denoiser, sample, zero, advantage, keys, policy.times.tolist(), NFT(kl=0.0, adv_max=1.0)
         )
         optimizer.step()
         blend_old(old, main, old_decay(update, "fast"))
-    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(9))
+    x = torch.randn(32, 2, generator=torch.Generator().manual_seed(9))
     x0 = policy.denoiser.x0(x, 0.0, policy.denoiser.conditioning.rows(zero.tolist()))
     assert float(x0.mean()) > 0.4
 

@@ -56,7 +56,9 @@ def test_golden_counts_of_presets(name: str, options: dict, rollout: int, train:
 
 def test_golden_count_of_tree_grpo_and_its_random_start() -> None:
     schedule = make_schedule("tree_grpo")
-    starts = [schedule.at(step).stochastic.index(True) for step in range(4000)]
+    assert schedule.window is not None
+    starts = [schedule.window.start(10, step) for step in range(4000)]
+    assert all(schedule.at(step).stochastic.index(True) == starts[step] for step in range(20))
     assert schedule.at(starts.index(0)).rollout_evaluations == 202
     assert max(starts) <= 6
     for i in range(4):  # Pr[i] = (1 - r) r^i / (1 - r^(T - w))

@@ -1,7 +1,7 @@
 """Bits a pixel of the shipped model on Fashion-MNIST test images, and exact against Hutchinson divergences.
 
     python recipes/fashion_bits.py bits --out FILE [--images 300] [--steps 16]
-    python recipes/fashion_bits.py agreement --out FILE [--model fashion] [--images 4] [--steps 4] [--probes 16]
+    python recipes/fashion_bits.py agreement --out FILE [--model fashion] [--images 4] [--steps 2] [--probes 16]
     python recipes/fashion_bits.py report FILE
 
 ``bits``: the first test images, each under its own label, one Rademacher probe, RK4.  ``agreement``: both divergences

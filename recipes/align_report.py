@@ -3,9 +3,9 @@
     python -m recipes.align_report digits --work .cache/align_digits
     python -m recipes.align_report fashion --work .cache/align_fashion
 
-writes recipes/results/align_<task>.json and .txt and docs/images/align_<task>.png.  What has not run is left out and
-said so.  Means +- standard deviations are over seeds.  "evaluations to r": the first crossing of reward r, linear
-between points of a run's curve, mean over the runs that cross (how many, where not all).
+writes recipes/results/align_<task>.json and .txt, docs/images/align_<task>.png and the table in docs/alignment.md.
+Means +- standard deviations are over seeds.  "to r": the first crossing of reward r, linear between the points of a
+run's curve, mean over the runs that cross (how many, where not all).
 """
 
 # ruff: noqa: T201  (a script that prints its results)
@@ -76,91 +76,107 @@ def mean_curve(runs: Sequence[Run], column: int = 1) -> tuple[np.ndarray, np.nda
     return x, np.mean([[point[column] for point in run["curve"]] for run in runs], axis=0)
 
 
-def digits(work: Path) -> tuple[list[str], list[Run], Any]:
-    """Lines, runs and figure of the digits task."""
+def digits(work: Path) -> tuple[list[str], list[str], list[Run], Any]:
+    """Lines of text, lines of the document, runs and figure of the digits task."""
     tuning, runs = read_runs(work, 100)
     methods = grouped(runs, list(COLOURS))
     flat = statistics.fmean(run["curve"][-1][1] for run in methods["flat"])
     base = methods["flat"][0]["curve"][0]
-    lines = [
-        f"untrained: reward {base[1]:.3f} (class {base[2]:.3f}, ink {base[3]:.3f}), diversity {base[4]:.3f}, "
-        f"accuracy under B {base[5]:.3f}; flat GRPO ends at {flat:.3f}",
-        "rate: of 1e-4, 2e-4, 5e-4 the best final reward on seed 100.  evals/it: rollout + training, a class, mean.",
-        "",
-        f"{'method':32s} {'seeds':5s} {'rate':6s} {'evals/it':8s} {'final reward':16s} {'to .85':10s} {'to .90':14s} "
-        f"{'to .94':12s} {'to flat end':13s} {'diversity':10s} {'acc. B':6s}",
-    ]
+    rows = [
+        ("method", "seeds", "rate", "evaluations an iteration", "final reward", "to .85", "to .90",
+         f"to flat's end ({flat:.3f})", "diversity", "accuracy B"),
+        ("untrained", "", "", "", f"{base[1]:.3f}", "", "", "", f"{base[4]:.3f}", f"{base[5]:.3f}"),
+    ]  # fmt: skip
     for name, found in methods.items():
         final = [run["curve"][-1] for run in found]
-        lines.append(
-            f"{name:32s} {len(found):<5d} {found[0]['rate']:<6g} "
-            f"{found[0]['evaluations'] / found[0]['iterations']:<8.0f} {spread([f[1] for f in final]):16s} "
-            f"{crossings(found, 0.85):10s} {crossings(found, 0.90):14s} {crossings(found, 0.94):12s} "
-            f"{crossings(found, flat):13s} {statistics.fmean(f[4] for f in final):<10.3f} "
-            f"{statistics.fmean(f[5] for f in final):.3f}"
-        )
-    lines += ["", "tuning (seed 100, final reward):"]
+        rows.append((
+            name, str(len(found)), f"{found[0]['rate']:g}", f"{found[0]['evaluations'] / found[0]['iterations']:.0f}",
+            spread([f[1] for f in final]), crossings(found, 0.85), crossings(found, 0.90), crossings(found, flat),
+            f"{statistics.fmean(f[4] for f in final):.3f}", f"{statistics.fmean(f[5] for f in final):.3f}",
+        ))  # fmt: skip
+    lines = ["tuning (seed 100, final reward; the best rate is used):"]
     for name, found in grouped(tuning, list(COLOURS)).items():
         rates = sorted(found, key=lambda r: r["rate"])
-        lines.append(f"{name:32s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
+        lines.append(f"  {name:32s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
     figure, axes = panels(2)
     for name, found in methods.items():
         x, y = mean_curve(found)
         axes[0].plot(x, y, color=COLOURS[name], label=name, linewidth=1.3)
         final = [run["curve"][-1] for run in found]
         axes[1].plot([f[4] for f in final], [f[1] for f in final], "o", color=COLOURS[name], markersize=4)
-    axes[0].set(xlabel="denoiser evaluations a class", ylabel="reward of ODE samples", ylim=(0.75, None))
+    axes[0].set(xlabel="denoiser evaluations a class", ylabel="reward of ODE samples", ylim=(0.6, None))
     axes[0].legend(ncols=2, fontsize=6)
-    axes[1].set(xlabel="diversity at the end (untrained: " + f"{base[4]:.2f})", ylabel="final reward")
-    return lines, tuning + runs, figure
+    axes[1].set(xlabel=f"diversity at the end (untrained: {base[4]:.2f})", ylabel="final reward")
+    return [*columns(rows), "", *lines], table(rows), tuning + runs, figure
 
 
-def fashion(work: Path) -> tuple[list[str], list[Run], Any]:
-    """Lines, runs and figure of the Fashion-MNIST task."""
+def fashion(work: Path) -> tuple[list[str], list[str], list[Run], Any]:
+    """Lines of text, lines of the document, runs and figure of the Fashion-MNIST task."""
     tuning, runs = read_runs(work, 100)
     order = ["flat", "branch", "split-only"]
-    lines = [
-        "rate: of 3e-4, 1e-3 the best final reward on seed 100, first reward, weak model; used for all.",
-        "",
-    ]
     groups = sorted({(r["size"], r["reward"]) for r in runs}, key=lambda g: (g[0] == "main", g[1]))
     figure, axes = panels(len(groups))
+    rows: list[tuple[str, ...]] = [
+        (
+            "model, reward",
+            "method",
+            "seeds",
+            "rate",
+            "reward",
+            "to flat's end",
+            "diversity",
+            "FD-B",
+            "accuracy B",
+        )
+    ]
     for (size, reward), axis in zip(groups, axes, strict=True):
         here = [r for r in runs if (r["size"], r["reward"]) == (size, reward)]
-        title = f"{'shipped model' if size == 'main' else 'weak sibling'}, {reward}"
-        lines.append(title)
-        lines.append(
-            f"  {'method':12s} {'seeds':5s} {'rate':6s} {'evals/it':8s} {'final reward':18s} {'to flat end':16s} "
-            f"{'diversity':10s} {'FD-B':14s} {'acc. B':6s}"
-        )
-        methods = grouped(here, order)
-        judged = {name: [r["judged"] for r in found] for name, found in methods.items()}
+        title = f"{'shipped' if size == 'main' else 'weak'}, {reward}"
+        methods = grouped(here, ["none", *order])
         flat = statistics.fmean(r["curve"][-1][1] for r in methods["flat"]) if "flat" in methods else None
-        for record in (r["judged"] for r in here if r["method"] == "none"):
-            lines.append(
-                f"  {'untrained':34s} {record['reward']:<18.3f} {'':16s} {record['diversity']:<10.3f} "
-                f"{record['fd_b']:<14.2f} {record['accuracy_b']:.3f}"
-            )
         for name, found in methods.items():
-            marks = judged[name]
-            to_flat = "-" if flat is None else crossings(found, flat)
-            lines.append(
-                f"  {name:12s} {len(found):<5d} {found[0]['rate']:<6g} "
-                f"{found[0]['evaluations'] / found[0]['iterations']:<8.0f} {spread([m['reward'] for m in marks]):18s} "
-                f"{to_flat:16s} {statistics.fmean(m['diversity'] for m in marks):<10.3f} "
-                f"{spread([m['fd_b'] for m in marks], 2):14s} {statistics.fmean(m['accuracy_b'] for m in marks):.3f}"
-            )
-            x, y = mean_curve(found)
-            axis.plot(x, y, color=COLOURS[name], label=name, linewidth=1.4)
-        lines.append("")
+            marks = [r["judged"] for r in found]
+            untrained = name == "none"
+            rows.append((
+                title, "untrained" if untrained else name, "" if untrained else str(len(found)),
+                "" if untrained else f"{found[0]['rate']:g}", spread([m["reward"] for m in marks]),
+                "" if untrained or flat is None else crossings(found, flat),
+                f"{statistics.fmean(m['diversity'] for m in marks):.3f}", spread([m["fd_b"] for m in marks], 2),
+                f"{statistics.fmean(m['accuracy_b'] for m in marks):.3f}",
+            ))  # fmt: skip
+            if not untrained:
+                x, y = mean_curve(found)
+                axis.plot(x, y, color=COLOURS[name], label=name, linewidth=1.4)
         axis.set(xlabel="denoiser evaluations, all classes", ylabel="reward of ODE samples", title=title)
         axis.legend()
-    lines.append("tuning (weak sibling, seed 100, first reward, final):")
+    lines = ["tuning (weak model, seed 100, first reward, final; the best rate is used for both rewards):"]
     for name, found in grouped(tuning, order).items():
         rates = sorted(found, key=lambda r: r["rate"])
         lines.append(f"  {name:12s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
     kept = [{k: v for k, v in run.items() if k != "images"} for run in tuning + runs]
-    return lines, kept, figure
+    return [*columns(rows), "", *lines], table(rows), kept, figure
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned text."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as a table of Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]
+
+
+def put_between(path: Path, mark: str, lines: Sequence[str]) -> None:
+    """Replace what stands between ``<!-- mark -->`` and ``<!-- /mark -->`` in a document."""
+    start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, _, rest = path.read_text().partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{path} has no place {start} ... {end}")
+    path.write_text(before + start + "\n" + "\n".join(lines) + "\n" + end + after)
 
 
 def main() -> None:
@@ -170,7 +186,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of the runs; default .cache/align_<task>")
     args = parser.parse_args()
     work = args.work or Path(f".cache/align_{args.task}")
-    lines, runs, figure = {"digits": digits, "fashion": fashion}[args.task](work)
+    lines, document, runs, figure = {"digits": digits, "fashion": fashion}[args.task](work)
     dates = sorted(run["date"] for run in runs)
     head = [f"# python recipes/align_{args.task}.py; {MACHINE}; {dates[0]} to {dates[-1]}; {len(runs)} runs"]
     name = f"align_{args.task}"
@@ -178,6 +194,7 @@ def main() -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(runs, separators=(",", ":")) + "\n")
     picture = {"digits": "align_digits.png", "fashion": "align_fashion.png"}[args.task]
     save(rendered(figure), IMAGES / picture)
+    put_between(IMAGES.parent / "alignment.md", name, document)
     print("\n".join(head + lines))
 
 

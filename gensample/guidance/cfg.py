@@ -33,8 +33,9 @@ class CFG:
     interval: (low, high); guidance acts at noise levels low < 1 - t <= high, elsewhere the conditional model runs
     alone.  rescale: see ``Finish``.  projection: see ``Projection`` (anchored at the conditional output).
 
-    Without gradients both branches run as one doubled batch.  With gradients the null branch is evaluated apart
-    and detached: the guided output is then the policy, trained through its conditional branch.
+    Without gradients both branches run as one doubled batch.  With gradients the null branch is evaluated apart, under
+    ``no_grad``: alignment's calls obey it, so that the policy is trained through its conditional branch alone, while
+    ``DenoiserCalls(denoiser, grad=True)``, made for gradients in x, keeps the graph of both.
     """
 
     scale: float

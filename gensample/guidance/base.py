@@ -29,8 +29,8 @@ class Denoise(Protocol):
 class DenoiserCalls:
     """The ``Denoise`` of a :class:`Denoiser`: what rules that need x0, images or gradients ask for.
 
-    grad: keep the graph to x and the weights, for gradients through a guided answer, also where a rule asks for a branch
-    under ``no_grad``; the default builds none.
+    grad: keep the graph to x and the weights, for gradients through a guided answer, even of a branch that a
+    rule asks for under ``no_grad``; the default builds none.
     """
 
     denoiser: Denoiser

@@ -85,8 +85,8 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
             noise is independent of the previous one; ``set_generator`` overrides it.
 
     ``stochastic_sampling`` is accepted only as False: re-noising fully at every step gives N(0, c) data the
-    variance c/2; use a stochastic solver.  A model whose clock runs from 0 (noise) to 1 (data), such as SiT, takes ``invert_sigmas=True,
-    num_train_timesteps=1, prediction_type="velocity"``.
+    variance c/2; use a stochastic solver.  A model whose clock runs from 0 (noise) to 1 (data), such as SiT, takes
+    ``invert_sigmas=True, num_train_timesteps=1, prediction_type="velocity"``.
     """
 
     _compatibles = ["FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012 (Diffusers' own attribute)

@@ -5,8 +5,8 @@
 
 RUNS holds the output folders of fashion_translation.yaml, fashion_inpainting.yaml and fashion_superresolution.yaml,
 named ``translation``, ``inpainting`` and ``superresolution``.  Everything is measured on test images, where
-nothing was chosen but translation's patch size and gamma (a look at 16 of them after a first training): Heun with 16 steps
-for the ODE (31 network calls), stochastic Heun with eps = gamma for the SDE, seed 0.
+nothing was chosen but translation's patch size and gamma (a look at 16 of them after a first training): Heun with 16
+steps for the ODE (31 network calls), stochastic Heun with eps = gamma for the SDE, seed 0.
 
 FD-B: Frechet distance of classifier B's features (never FID), to the test images, for translations to those of the
 class aimed at.  accuracy: share to which B gives that class (the image's own, after restoration).  PSNR in dB over the

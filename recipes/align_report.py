@@ -34,7 +34,9 @@ COLOURS = {
 
 
 def crossing(curve: Sequence[Sequence[float]], target: float) -> float | None:
-    """Evaluations at which a curve of (evaluations, reward, ...) first reaches ``target``."""
+    """Evaluations at which a curve of (evaluations, reward, ...) first reaches ``target``; 0 where it starts there."""
+    if curve[0][1] >= target:
+        return 0.0
     for before, after in itertools.pairwise(curve):
         if after[1] >= target:
             share = (target - before[1]) / (after[1] - before[1])

@@ -54,8 +54,8 @@ demo: $(RUN_ENV) ## draw clothes with the shipped model into out/ and print thei
 serve: $(DEMO_ENV) ## the shipped model in a web page on this machine (PORT, default 7860)
 	$(VENV)/bin/gensample demo --port $(PORT)
 
-test: $(DEV_ENV) ## run the tests (pytest's options in ARGS)
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: $(DEV_ENV) ## run the tests, a file at a time on each of two processes (pytest's options in ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-ui: $(UI_ENV) ## the web page in headless Chromium (apt-get install --no-install-recommends chromium)
 	$(VENV)/bin/python -m pytest -m ui tests/ui $(ARGS)

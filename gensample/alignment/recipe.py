@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gensample.alignment.adapters import LoRAConfig
@@ -24,7 +23,7 @@ from gensample.alignment.reward_calls import RewardCallConfig
 from gensample.alignment.sampler import SamplerConfig
 from gensample.alignment.schedule import TreeSchedule
 from gensample.training.config import ExportConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
-from gensample.training.recipe import RecipeError
+from gensample.training.recipe import RecipeError, read_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ def read_align_recipe(path: str, overrides: Sequence[str] = ()) -> AlignRecipe:
     Raises:
         RecipeError: unreadable YAML, unknown keys, values of the wrong type or out of range.
     """
-    _check_mapping(path)
+    read_mapping(path, "model, rewards and training")
     if any(text.partition("=")[0] == "--config" for text in overrides):
         raise RecipeError("--config: one recipe a run; change single keys with --section.key value")
     parser = recipe_parser()
@@ -191,14 +190,3 @@ def read_align_recipe(path: str, overrides: Sequence[str] = ()) -> AlignRecipe:
     del settings["config"]
     values = {name: value for name, value in vars(built).items() if name not in ("config", "trees")}
     return AlignRecipe(**values, trees=trees, settings=settings.as_dict())
-
-
-def _check_mapping(path: str) -> None:
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a recipe: it must be a mapping with model, rewards and training")

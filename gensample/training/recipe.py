@@ -139,7 +139,8 @@ def check_images(
         )
 
 
-def _check_classes(path: str) -> None:
+def read_mapping(path: str, sections: str) -> dict[str, Any]:
+    """The YAML mapping in the file ``path``; RecipeError, which names the ``sections`` it should have, for all else."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -147,8 +148,12 @@ def _check_classes(path: str) -> None:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a recipe: it must be a mapping with model, loss, data and training")
-    for section, value in content.items():
+        raise RecipeError(f"{path} is not a recipe: it must be a mapping with {sections}")
+    return content
+
+
+def _check_classes(path: str) -> None:
+    for section, value in read_mapping(path, "model, loss, data and training").items():
         if isinstance(value, dict) and "class_path" in value:
             _check_class(f"{path}: {section}", value["class_path"])
 

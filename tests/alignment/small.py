@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
+from gensample.alignment.advantages import AdvantageRule, Advantages
 from gensample.alignment.policy import Policy, scheduler_kernel
 from gensample.alignment.rollout import TreeRollout, roll_out
 from gensample.alignment.schedule import TreePlan
@@ -100,3 +101,13 @@ def gradient(policy: Policy) -> Tensor:
         parts.append(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten().clone())
         p.grad = None
     return torch.cat(parts)
+
+
+def scored(rollout: TreeRollout, rule: AdvantageRule | None = None) -> Advantages:
+    """Advantages of a reward that every leaf has another of."""
+    reward = rollout.final.double().square().mean(1) + rollout.final[:, 0].double()
+    return (rule or AdvantageRule())(rollout.plan, reward)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-6) -> None:
+    assert float((a - b).norm()) <= tolerance * float(b.norm())

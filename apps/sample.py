@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # Written out, because the parser must not import torch; a test compares them with the library's lists.
 SOLVER_HELP = (
-    "euler, ddim, ab2, heun, midpoint or rk4 (ODE), em, exp, exp2m, sheun or strang (SDE), or a published sampler: "
-    "sit-paper, sit-code, repa, flow-grpo, ancestral-rf, ddpm-ancestral; default: the pipeline's scheduler"
+    "euler, ddim, ab2, heun, midpoint, rk4 or dopri5 (ODE), em, exp, exp2m, sheun or strang (SDE), or a published "
+    "sampler: sit-paper, sit-code, repa, flow-grpo, ancestral-rf, ddpm-ancestral; default: the pipeline's scheduler"
 )
 DIFFUSION_HELP = (
     "eps(t) of an SDE solver: constant, sigma, sigma-paper, linear, decreasing, sin2, sbdm, grpo, kl-optimal or "

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python recipes/align_fashion.py base   # both models as they are
     OMP_NUM_THREADS=1 python recipes/align_fashion.py tune   # weak sibling, one seed, two learning rates a method
     OMP_NUM_THREADS=1 python recipes/align_fashion.py run    # weak sibling, three other seeds, two rewards
-    OMP_NUM_THREADS=1 python recipes/align_fashion.py main   # the shipped model, one seed, first reward
+    OMP_NUM_THREADS=1 python recipes/align_fashion.py tune_main   # the shipped model, one seed, three learning rates
+    OMP_NUM_THREADS=1 python recipes/align_fashion.py main   # the shipped model, three other seeds, two rewards
     python recipes/align_report.py fashion                   # recipes/results/align_fashion.txt, .json and the figure
 
 Rewards: "class and ink" is log p_A(class) - 10 |ink - 0.35| (ink: mean brightness; the data has 0.29), classifier A;
@@ -47,8 +48,10 @@ from gensample.training import OptimizerConfig, ScheduleConfig, TrainingConfig
 from gensample.training.record import read_metrics
 
 STEPS, SPLITS, LEAVES, TREES = 10, (0, 1, 3, 5), 16, 2
-RATES, TUNING_SEED, SEEDS = (3e-4, 1e-3), 100, (1, 2, 3)
-BUDGET = {"weak": 6_000, "main": 4_000}
+RATES = {"weak": (3e-4, 1e-3), "main": (1e-3, 3e-3, 1e-2)}
+TUNING_SEED, SEEDS = 100, (1, 2, 3)
+BUDGET = {"weak": 6_000, "main": 10_000}
+POINTS = {"weak": 4, "main": 6}  # of a curve
 REWARDS = ("class and ink", "small files")
 TARGETS = ("to_q", "to_k", "to_v", "to_out", "mlp.0", "mlp.2")
 
@@ -103,7 +106,8 @@ def train(
         reward_weights={"class": 1.0, "ink": 10.0} if "ink" in terms else None, alignment=alignment,
         training=TrainingConfig(
             output_dir=str(folder), steps=steps, batch_size=TREES, seed=seed, device="cpu", tensorboard=False,
-            ema_decays=[], log_every=1, evaluate_every=-(-steps // 4) if judged else steps, checkpoint_every=10**6,
+            ema_decays=[], log_every=1, checkpoint_every=10**6,
+            evaluate_every=-(-steps // POINTS[size]) if judged else steps,
         ),
         optimizer=OptimizerConfig(learning_rate=rate, betas=(0.9, 0.999)),
         schedule=ScheduleConfig(decay="linear", warmup_steps=0), callbacks=[curve],
@@ -155,19 +159,15 @@ def _first_images(trainer: AlignmentTrainer, evaluation: Evaluation) -> list[lis
     return (first * 255).round().to(torch.uint8).flatten(1).tolist()
 
 
-def cells(part: str, work: Path) -> list[tuple[str, str, str, float, int]]:
+def cells(part: str, work: Path, seeds: Sequence[int] = SEEDS) -> list[tuple[str, str, str, float, int]]:
     """(size, reward, method, rate, seed) of every run of a part; "none" is the model as it is."""
     names = list(schedules())
+    size = "main" if part in ("tune_main", "main") else "weak"
     if part == "base":
-        return [
-            (size, r, "none", RATES[0], 0)
-            for size, r in (("weak", REWARDS[0]), ("weak", REWARDS[1]), ("main", REWARDS[0]))
-        ]
-    if part == "tune":
-        return [("weak", REWARDS[0], n, r, TUNING_SEED) for n in names for r in RATES]
-    if part == "main":
-        return [("main", REWARDS[0], n, best_rate(work, n), SEEDS[0]) for n in ("split-only", "flat")]
-    return [("weak", r, n, best_rate(work, n), s) for s in SEEDS for r in REWARDS for n in names]
+        return [(size, r, "none", RATES[size][0], 0) for size in RATES for r in REWARDS]
+    if part in ("tune", "tune_main"):
+        return [(size, REWARDS[0], n, r, TUNING_SEED) for n in names for r in RATES[size]]
+    return [(size, r, n, best_rate(work, size, n), s) for s in seeds for r in REWARDS for n in names]
 
 
 def cell_path(work: Path, size: str, reward: str, name: str, rate: float, seed: int) -> Path:
@@ -175,18 +175,18 @@ def cell_path(work: Path, size: str, reward: str, name: str, rate: float, seed: 
     return work / f"{size}-{reward.replace(' ', '_')}-{name}-{rate:g}-{seed}.json"
 
 
-def best_rate(work: Path, name: str) -> float:
+def best_rate(work: Path, size: str, name: str) -> float:
     """The rate with the highest final reward on the tuning seed."""
-    paths = {r: cell_path(work, "weak", REWARDS[0], name, r, TUNING_SEED) for r in RATES}
-    return max(RATES, key=lambda r: json.loads(paths[r].read_text())["curve"][-1][1])
+    paths = {r: cell_path(work, size, REWARDS[0], name, r, TUNING_SEED) for r in RATES[size]}
+    return max(paths, key=lambda r: json.loads(paths[r].read_text())["curve"][-1][1])
 
 
-def run_cells(work: Path, part: str, minutes: float) -> None:
+def run_cells(work: Path, part: str, minutes: float, seeds: Sequence[int]) -> None:
     """Runs that are not there yet, until the minutes are over."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    for cell in cells(part, work):
+    for cell in cells(part, work, seeds):
         path = cell_path(work, *cell)
         if path.exists():
             continue
@@ -194,7 +194,7 @@ def run_cells(work: Path, part: str, minutes: float) -> None:
             print(f"stopped before {path.name}: {minutes} minutes are over")
             return
         size, reward, name, rate, seed = cell
-        found = train(work, size, reward, name, rate, seed, judged=part != "tune")
+        found = train(work, size, reward, name, rate, seed, judged=part not in ("tune", "tune_main"))
         record = {"size": size, "reward": reward, "method": name, "rate": rate, "seed": seed, **found}
         part_path = path.with_suffix(".part")
         part_path.write_text(json.dumps(record))
@@ -208,11 +208,12 @@ def run_cells(work: Path, part: str, minutes: float) -> None:
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("base", "tune", "run", "main"))
+    parser.add_argument("part", choices=("base", "tune", "run", "tune_main", "main"))
     parser.add_argument("--work", type=Path, default=Path(".cache/align_fashion"), help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=20.0, help="wall time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of run and main")
     args = parser.parse_args()
-    run_cells(args.work, args.part, args.minutes)
+    run_cells(args.work, args.part, args.minutes, args.seeds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 ``run`` skips the cells that DIR holds, so it can be stopped, restarted, and split over solvers; it writes the features
 of a cell first and its line in DIR/cells.jsonl last.  A solver is a name, with the diffusion of a stochastic one
 behind it; an ``nfe`` is a bound on network calls an image, of which a solver takes as many whole steps as fit.
+``adaptive`` is ``solve_adaptive``, ``NAME@frozen`` a solver on the grid that it went through: both on ten other images
+first, at the tightest tolerance of 4, 4/sqrt(2), 2 ... that keeps the bound (a later batch may go above it).
 Sample i has label i modulo 10 and the noise of (seed, i), whatever the solver.
 
 FD-B: Frechet distance of classifier B's features to the 10 000 test images, never FID; few samples read high, all
@@ -32,7 +34,15 @@ from gensample.apps.drawing import load_quietly
 from gensample.assets import fashion_statistics
 from gensample.denoisers import denoiser_from_pipeline
 from gensample.metrics import FeatureStatistics, extract_features, frechet_distance
-from gensample.solvers import STOCHASTIC_SOLVERS, Diffusion, Solver, make_solver
+from gensample.noise import NoiseStream
+from gensample.solvers import (
+    STOCHASTIC_SOLVERS,
+    AdaptiveResult,
+    Diffusion,
+    Solver,
+    make_solver,
+    solve_adaptive,
+)
 
 SOLVERS = ("euler", "heun", "exp2m:sigma:0.5", "exp:sigma:0.5", "em:sigma:0.5")
 BASELINE = "euler"
@@ -85,26 +95,72 @@ def solver_within(denoiser: Any, spec: str, nfe: int) -> Solver:
     raise ValueError(f"{spec} needs more than {nfe} network calls for one step")
 
 
+def adapt(denoiser: Any, seed: int, ids: range, **options: float) -> AdaptiveResult:
+    """Images ``ids`` by ``solve_adaptive``, from the noise that every solver starts from."""
+    noise = NoiseStream.from_generator(seed, len(ids), sample_ids=ids)
+    return solve_adaptive(
+        lambda x, t: denoiser.denoise(x, t, denoiser.conditioning).output,
+        noise.normal(denoiser.latent_shape, purpose="init"), path=denoiser.path,
+        prediction_type=denoiser.prediction_type, **options,
+    )  # fmt: skip
+
+
+def on_grid(denoiser: Any, spec: str, times: tuple[float, ...]) -> Solver:
+    """The solver ``NAME@frozen`` over ``times``."""
+    name = spec.removesuffix("@frozen")
+    return make_solver(name, path=denoiser.path, prediction_type=denoiser.prediction_type, times=times)
+
+
+def pilot_of(pipe: Any, spec: str, nfe: int, seed: int) -> tuple[tuple[float, ...], dict[str, float]]:
+    """Times and options of the tightest tolerance within ``nfe`` calls, on ten images that no cell draws."""
+    denoiser, kept = denoiser_from_pipeline(pipe, class_labels=list(range(10))), None
+    for k in range(40):
+        options = {"rtol": 0.0, "atol": 4 * 2 ** (-k / 2), "first_step": 1 / max(1, (nfe - 1) // 6)}
+        found = adapt(denoiser, seed, range(10**6, 10**6 + 10), **options)
+        calls = found.evaluations
+        if spec != "adaptive":
+            calls = len(on_grid(denoiser, spec, found.times).stage_times)
+        if calls > nfe:
+            break
+        kept = found.times, options
+    if kept is None:
+        raise ValueError(f"{spec} needs more than {nfe} network calls at the loosest tolerance")
+    return kept
+
+
 def run_cell(pipe: Any, classifier: Any, spec: str, nfe: int, args: argparse.Namespace) -> None:
     """Draw, extract features, save them, and append the cell's line."""
     labels = torch.arange(args.samples) % 10
     parts, evaluations, begun = [], 0, time.monotonic()
+    pilot = pilot_of(pipe, spec, nfe, args.seed) if spec == "adaptive" or spec.endswith("@frozen") else None
     for start in range(0, args.samples, args.batch_size):
         ids = range(start, min(start + args.batch_size, args.samples))
         denoiser = denoiser_from_pipeline(pipe, class_labels=labels[ids.start : ids.stop])
-        solver = solver_within(denoiser, spec, nfe)
-        drawn = gensample.sample(
-            denoiser, solver=solver, generator=args.seed, sample_ids=ids, output_type="pt", progress=False
-        )
-        pixels = (drawn.images * 255).round() / 255  # as if saved in 8 bits
+        if spec == "adaptive":
+            assert pilot is not None
+            found = adapt(denoiser, args.seed, ids, **pilot[1])
+            images, calls, steps = (
+                denoiser.decode(found.x),
+                found.evaluations * len(ids),
+                len(found.times) - 1,
+            )
+        else:
+            solver = (
+                solver_within(denoiser, spec, nfe) if pilot is None else on_grid(denoiser, spec, pilot[0])
+            )
+            drawn = gensample.sample(
+                denoiser, solver=solver, generator=args.seed, sample_ids=ids, output_type="pt", progress=False
+            )
+            images, calls, steps = drawn.images, drawn.evaluations, len(solver.times) - 1
+        pixels = (images * 255).round() / 255  # as if saved in 8 bits
         parts.append(extract_features(classifier.features, pixels, micro_batch=100))
-        evaluations += drawn.evaluations
+        evaluations += calls
     features = torch.cat(parts).float()
     save_file({"features": features}, args.out / f"{file_of(spec, nfe, args.samples, args.seed)}")
     with torch.no_grad():
         right = int((classifier.head(features).argmax(1) == labels).sum())
     line = {
-        "solver": spec, "nfe": nfe, "steps": len(solver.times) - 1, "evaluations": evaluations,
+        "solver": spec, "nfe": nfe, "steps": steps, "evaluations": evaluations,
         "samples": args.samples, "seed": args.seed, "fd_b": round(distance(features), 4),
         "accuracy": round(right / len(labels), 4), "seconds": round(time.monotonic() - begun, 1),
     }  # fmt: skip

@@ -74,8 +74,9 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
             minus data, or data minus noise under ``invert_sigmas``), ``velocity`` (dx/dt towards the data),
             ``epsilon``, ``sample``, ``v_prediction`` or ``score``; of a two-sided network its heads, such as
             ``velocity+noise``, stacked on the channels.
-        solver: ``euler``, ``ddim``, ``ab2``, ``heun``, ``midpoint`` (two evaluations a step) or ``rk4`` (four) for the
-            ODE; ``em``, ``exp``, ``exp2m``, ``sheun`` or ``strang`` (two) for the SDE; see ``gensample.solvers``.
+        solver: ``euler``, ``ddim``, ``ab2``, ``heun``, ``midpoint`` (two evaluations a step), ``rk4`` (four) or
+            ``dopri5`` (six) for the ODE; ``em``, ``exp``, ``exp2m``, ``sheun`` or ``strang`` (two) for the SDE; see
+            ``gensample.solvers``.
         diffusion, diffusion_scale, diffusion_cost: eps(t) of the SDE; see ``gensample.solvers.Diffusion``.
         last_step: of ``em``: ``x0``, or ``mean`` of its own rule as SiT and REPA do.
         timestep_spacing: ``trailing`` is sigma = 1, ..., 1/N before shifting; ``linspace`` is FlowMatchEuler's own

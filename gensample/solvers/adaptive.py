@@ -25,8 +25,8 @@ from torch import Tensor
 from gensample.solvers.base import Evaluate, Path
 from gensample.solvers.rows import ScalarRow, closes, drift_row, heads, wide
 
-_C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
-_A: tuple[tuple[float, ...], ...] = (
+DORMAND_PRINCE_C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+DORMAND_PRINCE_A: tuple[tuple[float, ...], ...] = (
     (1 / 5,),
     (3 / 40, 9 / 40),
     (44 / 45, -56 / 15, 32 / 9),
@@ -114,8 +114,9 @@ def solve_adaptive(
 def freeze_adaptive_grid(
     evaluate: Evaluate, x: Tensor, *, path: Path, prediction_type: str, **options: float
 ) -> tuple[float, ...]:
-    """The times that :func:`solve_adaptive` steps through from ``x`` (B, ...): a grid for ``make_solver``, or as
-    ``sigmas=[1 - t for t in times[:-1]]`` for ``set_timesteps``, in loops that cannot adapt.
+    """The times that :func:`solve_adaptive` steps through from ``x`` (B, ...), for loops that cannot adapt: a grid for
+    ``make_solver("dopri5", ...)`` or any other solver, or as ``sigmas=[1 - t for t in times[:-1]]`` for
+    ``set_timesteps``.
 
     A small batch is enough.  ``options`` as of :func:`solve_adaptive`: fewer steps by looser tolerances.
     """
@@ -126,7 +127,7 @@ def freeze_adaptive_grid(
 def _trial(slope: Evaluate, x: Tensor, k: list[Tensor], t: float, s: float) -> tuple[Tensor, list[Tensor]]:
     """A step from ``t`` to ``s``: the point of order 5, and all seven slopes."""
     h, moved = s - t, x
-    for c, weights in zip(_C[1:], _A, strict=True):
+    for c, weights in zip(DORMAND_PRINCE_C[1:], DORMAND_PRINCE_A, strict=True):
         moved = x
         for weight, known in zip(weights, k, strict=True):
             if weight:

@@ -11,11 +11,11 @@ from gensample.solvers.markov import LastStep, MarkovName, MarkovSolver
 from gensample.solvers.multistep import AdamsBashforthSolver, Exponential2MSolver
 from gensample.solvers.runge_kutta import RungeKuttaName, RungeKuttaSolver
 
-DETERMINISTIC_SOLVERS = ("euler", "ddim", "ab2", "heun", "midpoint", "rk4")
+DETERMINISTIC_SOLVERS = ("euler", "ddim", "ab2", "heun", "midpoint", "rk4", "dopri5")
 STOCHASTIC_SOLVERS = ("em", "exp", "exp2m", "sheun", "strang")
 SOLVERS = DETERMINISTIC_SOLVERS + STOCHASTIC_SOLVERS
 
-_STAGES = {"heun": 2, "midpoint": 2, "rk4": 4, "sheun": 2, "strang": 2}
+_STAGES = {"heun": 2, "midpoint": 2, "rk4": 4, "dopri5": 6, "sheun": 2, "strang": 2}
 
 
 def stages_per_step(name: str) -> int:
@@ -35,9 +35,9 @@ def make_solver(
 ) -> Solver:
     """The solver called ``name`` over ``times`` (N + 1 values rising from noise, or base, to data).
 
-    name: ``euler``, ``ddim``, ``ab2``, ``heun``, ``midpoint`` and ``rk4`` integrate the probability-flow ODE and
-        refuse a ``diffusion`` of positive scale; ``em``, ``exp``, ``exp2m``, ``sheun`` and ``strang`` integrate the
-        SDE with ``diffusion`` (default eps = n, which vanishes at the data) and become ODE solvers at scale 0.
+    name: ``euler``, ``ddim``, ``ab2``, ``heun``, ``midpoint``, ``rk4`` and ``dopri5`` integrate the probability-flow
+        ODE and refuse a ``diffusion`` of positive scale; ``em``, ``exp``, ``exp2m``, ``sheun`` and ``strang`` integrate
+        the SDE with ``diffusion`` (default eps = n, which vanishes at the data) and become ODE solvers at scale 0.
     path, prediction_type: of a network from noise to data, or a two-sided path and its heads ("velocity" for the
         ODE, "velocity+noise" or another pair for the SDE).
     backward: walk from data to base instead; ``times`` fall.

@@ -5,6 +5,7 @@ A step from t to t' = t + h with the drift f (b, or b + eps s; backward b - eps 
     midpoint  k1 = f(t, x);  x' = x + h f(t + h/2, x + h/2 k1)
     heun      k1 = f(t, x);  x' = x + h/2 (k1 + f(t', x + h k1))
     rk4       the classical tableau of fourth order
+    dopri5    the six stages of Dormand and Prince's fifth order, on times that a run of ``solve_adaptive`` froze
     sheun     n = sqrt(q) xi;  k1 = f(t, x);  x' = x + h/2 (k1 + f(t', x + h k1 + n)) + n
     strang    half the noise, a heun step of f, the other half: sqrt(q1) xi, drift, sqrt(q2) xi
 
@@ -14,9 +15,9 @@ before the network is asked), as does the last step of either scheme where it en
 whose ends eps s is not finite: the ODE has the same marginals, so weak order 2 is kept.
 
 The network is not asked at an end without noise.  There ``heun`` takes an Euler step, as FlowMatchHeun does, ``sheun``
-and ``strang`` the midpoint rule, and ``rk4`` Ralston's third-order rule, whose stages are at 0, h/2 and 3h/4: local
-errors of one order less, once, so that the orders 2 and 4 stand.  (A four-stage rule of order 4 must have a stage at
-h.)
+and ``strang`` the midpoint rule, ``rk4`` and ``dopri5`` Ralston's third-order rule, whose stages are at 0, h/2 and
+3h/4: local errors of one order less, once, so that the orders 2 and 4 stand.  (A four-stage rule of order 4 must have a
+stage at h.)  ``dopri5`` is of order 4 there, 5 on grids that end elsewhere; a frozen grid ends in a stretch of 1e-3.
 
 Sources: Hairer, Norsett, Wanner, "Solving Ordinary Differential Equations I", II.1; Ralston, Math. Comp. 16 (1962);
 Kloeden, Platen, "Numerical Solution of SDEs", 15.1 (the simplified weak scheme of order 2 for additive noise).
@@ -33,6 +34,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gensample.solvers.adaptive import DORMAND_PRINCE_A, DORMAND_PRINCE_C
 from gensample.solvers.base import DrawNoise, Path, Solver, SolverState, checked_times
 from gensample.solvers.diffusion import Diffusion, noise_level
 from gensample.solvers.rows import (
@@ -46,7 +48,7 @@ from gensample.solvers.rows import (
     wide,
 )
 
-RungeKuttaName = Literal["midpoint", "heun", "rk4", "sheun", "strang"]
+RungeKuttaName = Literal["midpoint", "heun", "rk4", "dopri5", "sheun", "strang"]
 STOCHASTIC_RUNGE_KUTTA = ("sheun", "strang")
 
 
@@ -63,12 +65,13 @@ EULER = Tableau((0.0,), (), (1.0,))
 MIDPOINT = Tableau((0.0, 0.5), ((0.5,),), (0.0, 1.0))
 HEUN = Tableau((0.0, 1.0), ((1.0,),), (0.5, 0.5))
 RALSTON3 = Tableau((0.0, 0.5, 0.75), ((0.5,), (0.0, 0.75)), (2 / 9, 1 / 3, 4 / 9))
+DOPRI5 = Tableau(DORMAND_PRINCE_C[:-1], DORMAND_PRINCE_A[:-1], DORMAND_PRINCE_A[-1])
 RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 
 # of the steps between, and of a last step that ends without noise
 TABLEAUS = {
-    "midpoint": (MIDPOINT, MIDPOINT), "heun": (HEUN, EULER), "rk4": (RK4, RALSTON3), "sheun": (HEUN, MIDPOINT),
-    "strang": (HEUN, MIDPOINT),
+    "midpoint": (MIDPOINT, MIDPOINT), "heun": (HEUN, EULER), "rk4": (RK4, RALSTON3),
+    "dopri5": (DOPRI5, RALSTON3), "sheun": (HEUN, MIDPOINT), "strang": (HEUN, MIDPOINT),
 }  # fmt: skip
 
 
@@ -168,7 +171,7 @@ class RungeKuttaSolver(Solver):
 
     def _rates(self, t: float, s: float) -> list[float]:
         """eps/n at the stages of the step from ``t`` to ``s``; zeros if the step follows the ODE."""
-        zeros = [0.0] * 4
+        zeros = [0.0] * 6
         if self.diffusion is None or closes(self.path, s):
             return zeros
         rates = [noise_rate(self.path, self.diffusion, node, s - t) for node in (t, s)]

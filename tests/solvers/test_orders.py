@@ -90,6 +90,13 @@ def test_order_from_base_to_data(path: str, name: str) -> None:
     assert observed_order(name, PATHS[path], 0.0, 1.0) == pytest.approx(ORDERS[name], abs=0.2)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_dormand_prince_on_a_fixed_grid(path: str) -> None:
+    """At least order 5 between (it falls to 5 from above), 4 where the last step ends without noise."""
+    assert 4.8 < observed_order("dopri5", PATHS[path], 0.1, 0.9, coarse=64) < 6
+    assert 3.8 < observed_order("dopri5", PATHS[path], 0.0, 1.0, coarse=128) < 4.8
+
+
 def test_order_from_data_to_base() -> None:
     for path in (PATHS["two-sided"], GVP):
         assert observed_order("heun", path, 1.0, 0.0, 64) == pytest.approx(2, abs=0.25)
@@ -157,6 +164,9 @@ def test_a_frozen_grid_is_a_grid_of_fixed_solvers() -> None:
     assert times[-1] == 1.0
     image = exact.exact_map(STARTS, 0.0, 1.0)
     assert float((walk("rk4", exact, STARTS, times) - image).abs().max()) < 1e-3
+    adaptive = adapt("linear", end=0.9)[1]
+    assert adaptive.rejected == 0
+    assert float((walk("dopri5", exact, STARTS, adaptive.times) - adaptive.x).abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize(

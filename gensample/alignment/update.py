@@ -40,7 +40,18 @@ from gensample.trees import Answer
 from gensample.trees.chain import Int64
 
 Mode = Literal["recompute", "retain_graph"]
-SUMS = ("edges", "weight", "ratio", "ratio_squared", "clipped", "policy", "kl", "pull", "advantage")
+SUMS = (
+    "edges",
+    "weight",
+    "ratio",
+    "ratio_squared",
+    "clipped",
+    "policy",
+    "kl",
+    "pull",
+    "advantage",
+    "gradient",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +70,9 @@ class OldPolicy:
 
 @dataclass(frozen=True, eq=False)
 class UpdateResult:
-    """sums: (len(SUMS), T) float64 by step, to be added over processes before :func:`update_logs`.  old: what later
-    passes over this rollout compare with.  forward_calls, evaluations: of this update."""
+    """sums: (len(SUMS), T) float64 by step, to be added over processes before :func:`update_logs`; "gradient" is the
+    squared norm of the loss's gradient with respect to the network's outputs at that step.  old: what later passes
+    over this rollout compare with.  forward_calls, evaluations: of this update."""
 
     sums: Tensor
     old: OldPolicy
@@ -143,8 +155,19 @@ def capture(
 
 
 def update_logs(sums: Tensor) -> dict[str, float]:
-    """Averages over all edges of the sums (len(SUMS), T), added over processes; ratios must be 1 in the first pass."""
+    """Averages over all edges of the sums (len(SUMS), T), added over processes; ratios must be 1 in the first pass.
+
+    Of every trained step also, as "name/step": ratio_std, clip_fraction, and output_gradient, the norm of the loss's
+    gradient with respect to the network's outputs there (in units of a loss scaler's factor, where fp16 has one).
+    """
     total = dict(zip(SUMS, sums.double().sum(1).tolist(), strict=True))
+    by_step: dict[str, float] = {}
+    for step in sums[0].nonzero()[:, 0].tolist():
+        here = dict(zip(SUMS, sums[:, step].double().tolist(), strict=True))
+        mean = here["ratio"] / here["edges"]
+        by_step[f"ratio_std/{step}"] = max(here["ratio_squared"] / here["edges"] - mean**2, 0.0) ** 0.5
+        by_step[f"clip_fraction/{step}"] = here["clipped"] / here["edges"]
+        by_step[f"output_gradient/{step}"] = here["gradient"] ** 0.5
     edges, weight = max(total["edges"], 1.0), max(total["weight"], 1e-300)
     ratio = total["ratio"] / edges
     return {
@@ -156,6 +179,7 @@ def update_logs(sums: Tensor) -> dict[str, float]:
         "policy_loss": total["policy"] / weight,
         "kl": total["kl"] / weight,
         "pull": total["pull"] / weight,
+        **by_step,
     }
 
 
@@ -189,6 +213,7 @@ class _Pass:
         """The normalised objective of a micro-batch."""
         x, prompt = self._parents(chunk)
         law, answer = self._evaluate(chunk, x, prompt)
+        self._watch(chunk, answer.output)
         owner, steps = self._owners(chunk)
         children = self._gather(chunk, self.rollout.levels, shift=1)
         own = law_rows(law, owner)
@@ -219,6 +244,18 @@ class _Pass:
             return chunk.kept.law, chunk.kept.answer
         answer = self.policy.answer(x, chunk.steps, prompt, grad=self.grad)
         return self.policy.law(x, chunk.steps, answer, self.scales[chunk.steps]), answer
+
+    def _watch(self, chunk: Chunk, output: Tensor) -> None:
+        """Record the gradient that will reach the outputs (B, ...)."""
+        if not output.requires_grad:
+            return
+        steps = self._index(chunk.steps)
+
+        def keep(gradient: Tensor) -> None:
+            squares = gradient.double().flatten(1).square().sum(1)
+            self.sums[SUMS.index("gradient")].index_add_(0, steps, squares)
+
+        output.register_hook(keep)
 
     def _owners(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Of every edge, the row of its parent and its step (E,)."""
@@ -304,7 +341,7 @@ class _Pass:
             counts, weight, counts * ratio, counts * ratio**2, counts * clipped, weight * policy, weight * kl,
             weight * pull, counts * advantage.abs(),
         ]  # fmt: skip
-        self.sums.index_add_(1, steps, torch.stack([r.detach().double() for r in rows]))
+        self.sums[: len(rows)].index_add_(1, steps, torch.stack([r.detach().double() for r in rows]))
 
 
 def _check_mode(mode: str, rollout: TreeRollout, old: OldPolicy | None) -> None:
@@ -318,7 +355,7 @@ def _check_mode(mode: str, rollout: TreeRollout, old: OldPolicy | None) -> None:
 
 
 def _require_finite(sums: Tensor) -> None:
-    bad = (~torch.isfinite(sums).all(0)).nonzero()[:, 0].tolist()
+    bad = (~torch.isfinite(sums[: SUMS.index("gradient")]).all(0)).nonzero()[:, 0].tolist()
     if bad:
         raise FloatingPointError(
             f"the objective is not finite at steps {bad}; lower the learning rate, raise the noise intensity there, or "

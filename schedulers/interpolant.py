@@ -336,7 +336,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
             raise ValueError(f"begin_index={stage} must lie in 0, ..., {len(steps) - 1}{hint}")
         if stage > 0 and steps[stage - 1] == steps[stage]:
             raise ValueError(
-                f"begin_index={stage} is the second stage of a step; begin at a multiple of order={self.order}"
+                f"begin_index={stage} lies inside a step; begin at a multiple of order={self.order}"
             )
 
     def _level_of(self, stage: int) -> float:

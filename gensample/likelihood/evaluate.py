@@ -25,6 +25,7 @@ from gensample.likelihood.transport import Method, transport
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.sampling import as_denoiser
 from gensample.solvers import is_two_sided
+from gensample.solvers.base import checked_times
 from gensample.solvers.rows import field_row
 
 LogDensity = Callable[[Tensor], Tensor]
@@ -100,7 +101,7 @@ def log_likelihood(
         num_inference_steps: steps over as much of [0, 1] as the velocity is defined on: 0.001 is left out at an end
             where it is not (epsilon at pure noise, the vp path at the data).  They shrink towards the data, where
             the velocity is steepest: 1 - t falls as the cube of what is left.
-        times: a rising grid instead; its ends say which part of the flow counts.
+        times: a grid rising within [0, 1] instead; its ends say which part of the flow counts.
         method: "rk4" (4 calls a step), "heun" (2), or "dopri5", which chooses its own steps by ``rtol`` and ``atol``.
         base_log_prob: log-density (B,) of the base at times[0]; default that of the noise, and required for models
             between two data sets.
@@ -129,7 +130,8 @@ def log_likelihood(
         raise ValueError(
             f"{tuple(x.shape)} is not one row for each of {len(keys)} conditions, of shape {denoiser.latent_shape}"
         )
-    grid = _grid(denoiser, num_inference_steps) if times is None else list(times)
+    # A falling grid would be walked from noise to data, with the integral of the wrong sign.
+    grid = _grid(denoiser, num_inference_steps) if times is None else checked_times(times)
     if base_log_prob is None and is_two_sided(denoiser.path):
         raise ValueError(
             "this model starts from data, not from noise: give the log-density of its base as base_log_prob"
@@ -142,7 +144,10 @@ def log_likelihood(
         rows = slice(start, min(start + (batch_size or len(x)), len(x)))
         velocity = velocity_of(denoiser, denoiser.conditioning.rows(rows))
         part = x[rows].to(denoiser.device)
-        moved = transport(velocity, part, grid[::-1], divergence, keys.select(rows), method=method, grad=grad)
+        moved = transport(
+            velocity, part, grid[::-1], divergence, keys.select(rows), method=method, rtol=rtol, atol=atol,
+            grad=grad,
+        )  # fmt: skip
         # Backwards in time, so the integral from data to base enters with a plus.
         parts.append((moved.x, log_base(moved.x)[None] + moved.integral))
     base, estimates = torch.cat([b for b, _ in parts]), torch.cat([e for _, e in parts], dim=1)
@@ -162,7 +167,7 @@ def velocity_of(denoiser: Denoiser, cond: Conditioning) -> Velocity:
     return velocity
 
 
-def _grid(denoiser: Denoiser, num_inference_steps: int) -> list[float]:
+def _grid(denoiser: Denoiser, num_inference_steps: int) -> Sequence[float]:
     """Times between the ends at which the velocity is defined, 1 - t graded as a cube."""
     if isinstance(num_inference_steps, bool) or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps!r} must be at least 1")

@@ -107,6 +107,20 @@ def test_adaptive_steps_meet_their_tolerance() -> None:
         transport(velocity, x, [1.0, 0.0], Exact(), method="dopri5", grad=True)
 
 
+def test_log_likelihood_hands_its_tolerances_on() -> None:
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None, None, None]
+    denoiser = oracle(MIXTURE, (1, 1, 1), len(x))
+    exact = MIXTURE.log_density(x.flatten(1), make_interpolant("linear"), 1.0)
+    options: dict[str, Any] = {"latents": x, "divergence": Exact(), "method": "dopri5"}
+    loose = log_likelihood(denoiser, rtol=1e-2, atol=1e-2, **options)
+    tight = log_likelihood(denoiser, rtol=1e-6, atol=1e-6, **options)
+    assert tight.evaluations > 2 * loose.evaluations
+    assert float((tight.log_prob - exact).abs().max()) < 1e-3
+    # atol alone, and rtol alone, are read
+    assert log_likelihood(denoiser, rtol=1e-2, atol=1e-7, **options).evaluations > loose.evaluations
+    assert log_likelihood(denoiser, rtol=1e-4, atol=1e-2, **options).evaluations != loose.evaluations
+
+
 def test_forward_and_backward_agree_and_heun_has_order_two() -> None:
     interpolant = make_interpolant("linear")
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
@@ -320,6 +334,8 @@ def test_epsilon_models_leave_out_the_ends_where_they_have_no_velocity() -> None
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "not in the space of this network"),
         ({"latents": torch.zeros(3, 1, 8, 8)}, "not one row for each of 2 conditions"),
         ({"latents": torch.zeros(2, 1, 8, 8), "num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "times": [1.0, 0.5, 0.0]}, "must rise strictly"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "times": [0.0, 0.7, 0.5, 1.0]}, "must rise strictly"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

@@ -40,14 +40,16 @@ def affine(c: Coefficients, prediction_type: str, field: str) -> tuple[Scalar, S
     beta = 0 (pure noise), noise from ``sample`` and the score of anything at alpha = 0 (clean data), and
     whatever needs alpha' where it is infinite (the vp path at t = 1).
     """
-    if (field == "velocity") != (prediction_type in ("velocity", "flow_prediction")):
+    from_velocity = prediction_type in ("velocity", "flow_prediction")
+    if field == "velocity" and from_velocity:
+        # Before x0 and the noise, which a velocity leaves open where the path stands still (polynomial at t = 0).
+        return _zero(c), (_zero(c) + 1.0) * (1.0 if prediction_type == "velocity" else -1.0)
+    if field == "velocity" or from_velocity:
         require_finite_slope(c)
     p1, q1 = _x0_or_noise(c, prediction_type, "x0") if field in ("x0", "velocity") else (0.0, 0.0)
     if field == "x0":
         return p1, q1
     if field == "velocity":
-        if prediction_type in ("velocity", "flow_prediction"):
-            return _zero(c), (_zero(c) + 1.0) * (1.0 if prediction_type == "velocity" else -1.0)
         pz, qz = _x0_or_noise(c, prediction_type, "noise")
         return c.d_alpha * pz + c.d_beta * p1, c.d_alpha * qz + c.d_beta * q1
     if field not in FIELDS:

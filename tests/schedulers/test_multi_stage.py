@@ -227,6 +227,26 @@ def test_further_paths_walk_to_the_data(path: str) -> None:
     assert torch.equal(run(scheduler, noise(1, 2, 4, 4), network=lambda x, t: x0), x0)
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("kind", ["velocity", "flow_prediction"])
+def test_a_velocity_starts_where_the_path_stands_still(solver: str, kind: str) -> None:
+    """The polynomial path's Wronskian is 0 at t = 0: the velocity gives no x0 there, and a step needs none."""
+    scheduler = StochasticInterpolantScheduler(path="polynomial", prediction_type=kind, solver=solver)
+    scheduler.set_timesteps(5)
+    x, output = noise(1, 2, 4, 4), noise(1, 2, 4, 4, seed=1)
+    h = (1.0 if kind == "velocity" else -1.0) * scheduler.solver.times[1]
+    moved = scheduler.step(output, scheduler.timesteps[0], x).prev_sample
+    torch.testing.assert_close(moved, x + h * output)
+    denoiser = Denoiser.from_model(
+        lambda x, t: torch.full_like(x, 0.5),
+        latent_shape=(2, 4, 4),
+        path=scheduler.path,
+        prediction_type=kind,
+    )
+    drawn = sample(denoiser, solver=solver, latents=x, output_type="latent", progress=False).latents
+    torch.testing.assert_close(drawn, x + (0.5 if kind == "velocity" else -0.5))
+
+
 def test_new_keys_survive_flow_matching_and_back() -> None:
     ours = two_sided(path="trig", diffusion="constant", last_step_size=0.1, shift=2.0)
     back = FlowMatchEulerDiscreteScheduler.from_config(ours.config)

@@ -23,7 +23,7 @@ from gensample.interpolants.couplings import enlarge, inpainting_base
 from gensample.models.dit import DiT
 from gensample.noise import GeneratorLike, NoiseStream
 from gensample.sampling import OutputType, checked_output_type, sample
-from gensample.solvers import Diffusion, is_two_sided, make_solver
+from gensample.solvers import PRESETS, SOLVERS, Diffusion, is_two_sided, make_solver
 
 
 class _CoupledPipeline(DiffusionPipeline):
@@ -67,10 +67,19 @@ class _CoupledPipeline(DiffusionPipeline):
     ) -> Any:
         chosen: Any = solver
         if backward:
-            options = self.scheduler.config
+            if solver in PRESETS:
+                raise ValueError(
+                    f"solver={solver!r} is a published sampler, and those walk forward only; give one of {SOLVERS}, "
+                    "with diffusion= for a stochastic one"
+                )
+            options: dict[str, Any] = {"diffusion": diffusion}
+            if solver is None:  # the scheduler's own solver, with all that belongs to it
+                own = self.scheduler.config
+                solver, options["last_step"] = own.solver, own.last_step
+                options["diffusion"] = diffusion or self.scheduler.diffusion
             chosen = make_solver(
-                solver or options.solver, path=denoiser.path, prediction_type=denoiser.prediction_type,
-                times=denoiser.times(num_inference_steps)[::-1], diffusion=diffusion, backward=True,
+                solver, path=denoiser.path, prediction_type=denoiser.prediction_type, backward=True,
+                times=denoiser.times(num_inference_steps)[::-1], **options,
             )  # fmt: skip
             diffusion = None
         bar = not getattr(self, "_progress_bar_config", {}).get("disable", False)
@@ -118,9 +127,10 @@ class ImageTranslationPipeline(_CoupledPipeline):
             images: uint8 or [0, 1] float (B, C, H, W), float (B, H, W, C) arrays, or PIL images.
             num_inference_steps: steps of the walk.
             backward: from target to source.
-            solver: a name of ``gensample.solvers.SOLVERS``; None is the scheduler's.  ODE solvers give one answer
-                per image; stochastic ones another for every seed.
-            diffusion: of a stochastic ``solver``.
+            solver: a name of ``gensample.solvers.SOLVERS``, or forward of ``PRESETS``; None is the scheduler's, with
+                its diffusion and last step.  ODE solvers give one answer per image; stochastic ones another for every
+                seed.
+            diffusion: of a stochastic ``solver``; backward also instead of the scheduler's.
             generator, sample_ids: the noise of a stochastic solver; see ``NoiseStream``.
             output_type, return_dict: as ``ClassConditionalPipeline``.
 

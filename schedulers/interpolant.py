@@ -171,6 +171,11 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         return int(self.config.num_train_timesteps)
 
     @property
+    def diffusion(self) -> Diffusion | None:
+        """eps(t) of the configured solver; None if it follows the ODE."""
+        return self._diffusion if self.config.solver in STOCHASTIC_SOLVERS else None
+
+    @property
     def begin_index(self) -> int | None:
         """Index into ``timesteps`` at which the first ``step`` starts, if it was set."""
         return self._begin_index
@@ -316,10 +321,9 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         name, kind = self.config.solver, self.config.prediction_type
         if kind == "flow_prediction" and self.config.invert_sigmas:
             kind = "velocity"
-        stochastic = name in STOCHASTIC_SOLVERS
         return make_solver(
             name, path=self.path, prediction_type=kind, times=times, last_step=self.config.last_step,
-            diffusion=self._diffusion if stochastic else None,
+            diffusion=self.diffusion,
         )  # fmt: skip
 
     def _first_stage(self, timestep: float | Tensor) -> int:

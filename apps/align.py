@@ -85,6 +85,7 @@ def _prepare(recipe: AlignRecipe) -> tuple[Any, AlignmentTrainer]:
                 samples=recipe.evaluation.samples,
                 seed=recipe.evaluation.seed,
                 grid=recipe.evaluation.grid,
+                ema=_exported_average(recipe),
             )
         )
     trainer = AlignmentTrainer(
@@ -97,6 +98,14 @@ def _prepare(recipe: AlignRecipe) -> tuple[Any, AlignmentTrainer]:
         trainer.resume()
         Path(recipe.training.output_dir).mkdir(parents=True, exist_ok=True)
     return pipe, trainer
+
+
+def _exported_average(recipe: AlignRecipe) -> float | None:
+    """The decay of the average that is exported, and so judged; None for the trained weights themselves."""
+    weights, decays = recipe.export.weights, recipe.training.ema_decays
+    if weights == "best":
+        return max(decays, default=None)
+    return float(weights) if weights in {f"{d:g}" for d in decays} else None
 
 
 def _prompts(recipe: AlignRecipe, pipe: Any) -> tuple[Denoiser, Prompts]:

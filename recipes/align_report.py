@@ -151,10 +151,12 @@ def fashion(work: Path) -> tuple[list[str], list[str], list[Run], Any]:
                 axis.plot(x, y, color=COLOURS[name], label=name, linewidth=1.4)
         axis.set(xlabel="denoiser evaluations, all classes", ylabel="reward of ODE samples", title=title)
         axis.legend()
-    lines = ["tuning (weak model, seed 100, first reward, final; the best rate is used for both rewards):"]
-    for name, found in grouped(tuning, order).items():
-        rates = sorted(found, key=lambda r: r["rate"])
-        lines.append(f"  {name:12s} " + "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates))
+    lines = ["tuning (seed 100, first reward, final; the best rate of a model is used for both rewards):"]
+    for size, title in (("weak", "weak"), ("main", "shipped")):
+        for name, found in grouped([r for r in tuning if r["size"] == size], order).items():
+            rates = sorted(found, key=lambda r: r["rate"])
+            finals = "  ".join(f"{r['rate']:g}: {r['curve'][-1][1]:.3f}" for r in rates)
+            lines.append(f"  {title:8s} {name:12s} {finals}")
     kept = [{k: v for k, v in run.items() if k != "images"} for run in tuning + runs]
     return [*columns(rows), "", *lines], table(rows), kept, figure
 

@@ -91,9 +91,13 @@ def clipped_term(log_ratio: Tensor, advantage: Tensor, clip: Clip) -> tuple[Tens
     return torch.maximum(plain, cut), cut > plain
 
 
-def guard_log_ratio(log_prob: Tensor, old: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
-    """GRPO-Guard's normalised log-ratio (E,); std: (E,)."""
-    return std * (log_prob - old) + (mean - old_mean).square().flatten(1).mean(1) / (2.0 * std)
+def guard_log_ratio(x: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """GRPO-Guard's normalised log-ratio (E,) of children x (E, ...); std: (E,).
+
+    std (log p - log p_old) + |mean - old_mean|^2 / (2 std D) of a normal law, which is the mean of xi (mean - old_mean)
+    over dimensions, with the noise xi = (x - old_mean)/std: written so, it serves surrogate scores (cps) too.
+    """
+    return ((x - old_mean) * (mean - old_mean)).flatten(1).mean(1) / std
 
 
 def kl_to_reference(mean: Tensor, reference: Tensor, std: Tensor | float) -> Tensor:

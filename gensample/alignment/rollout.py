@@ -85,6 +85,7 @@ def roll_out(
     keep_outputs: bool = False,
     storage: torch.dtype | None = None,
     score_stored: bool = True,
+    net: str = "main",
 ) -> TreeRollout:
     """One tree of ``plan`` for every prompt.
 
@@ -94,13 +95,14 @@ def roll_out(
     keep_outputs: keep the native outputs of trained steps (LayerTuning's target).
     storage: round the states to this dtype.  Log-probabilities are those of the rounded states; with
     ``score_stored=False`` those of the unrounded ones, as released code had it.
+    net: the network that draws; DiffusionNFT's samples are the old policy's.
 
     Raises ValueError where plan, policy, keys and prompts do not fit, FloatingPointError for states that are not
     finite.
     """
     prompts = _checked(policy, plan, keys, prompts, micro_batch)
     before, calls = policy.evaluations, policy.forward_calls
-    walk = _Walk(policy, plan, micro_batch, retain_graph, keep_outputs, storage, score_stored)
+    walk = _Walk(policy, plan, micro_batch, retain_graph, keep_outputs, storage, score_stored, net)
     ordinals = np.tile(np.arange(plan.roots), len(prompts))
     streams = keys.select(np.repeat(np.arange(len(prompts)), plan.roots).tolist()).extend(ordinals)
     walk.levels.append(walk.stored(policy.initial(streams).float()))
@@ -123,6 +125,7 @@ class _Walk:
     keep_outputs: bool
     storage: torch.dtype | None
     score_stored: bool
+    net: str
     levels: list[Tensor] = field(default_factory=list)
     log_probs: dict[int, Tensor] = field(default_factory=dict)
     outputs: dict[int, Tensor] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class _Walk:
     ) -> tuple[GaussianTransition, Answer]:
         grad = self.retain_graph and self.plan.trained[step]
         steps = np.full(len(x), step)
-        answer = self.policy.answer(x, steps, prompt, grad=grad)
+        answer = self.policy.answer(x, steps, prompt, net=self.net, grad=grad)
         law = self.policy.law(x, steps, answer, np.full(len(x), self.plan.scale(step)))
         if grad:
             self.retained.append(Retained(step, nodes, law, answer))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+import numpy as np
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from gensample.alignment.policy import Policy
 from gensample.denoisers import Denoiser
@@ -13,7 +14,8 @@ from gensample.guidance import CFG
 from gensample.schedulers.transitions import FlowKernel
 from gensample.solvers import Diffusion
 
-Kernel = Literal["scheduler", "flow", "dance", "cps", "exp-sigma", "exp", "em"]
+Kernel = Literal["scheduler", "ddim", "flow", "dance", "cps", "exp-sigma", "exp", "em"]
+Spacing = Literal["trailing", "pipeline"]
 _FLOW = ("flow", "dance", "cps", "exp-sigma")
 
 
@@ -22,9 +24,13 @@ class SamplerConfig:
     """How a chain of ``steps`` network calls turns noise into a sample.
 
     kernel: ``flow``, ``dance``, ``cps``, ``exp-sigma`` (``gensample.schedulers.law_of``) on a flow model's own time
-        grid; ``exp``, ``em``: our solvers on it; ``scheduler``: the pipeline's DDIM or DDPM, or our own one-stage one.
+        grid; ``exp``, ``em``: our solvers on it; ``scheduler``: the pipeline's DDIM or DDPM, or our own one-stage one;
+        ``ddim``: DDIM made of the configuration of whatever scheduler the pipeline ships (PNDM, Euler).
     scale: a of ``flow`` and ``cps``, eta of ``dance``, k of the others; eta of DDIM; default as published.
     shift: time shift of a flow model's grid, instead of the pipeline's own.
+    spacing: of a flow model's grid: ``trailing`` shifts sigma = 1, ..., 1/N.  ``pipeline`` is what its pipeline walks;
+        SD3's ends on an almost empty step (20 steps at shift 3: .150, .009, 0), so that the noise of the step before
+        is still in the image that the reward reads.
     guidance_scale: of classifier-free guidance; 1 is none.  The guided output is the policy.
 
     Raises ValueError for an unknown kernel, fewer than 2 steps, or a scale or shift that is not positive.
@@ -34,17 +40,33 @@ class SamplerConfig:
     kernel: Kernel = "scheduler"
     scale: float | None = None
     shift: float | None = None
+    spacing: Spacing = "trailing"
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kernel not in get_args(Kernel):
             raise ValueError(f"kernel={self.kernel!r} is unknown; use one of {get_args(Kernel)}")
+        if self.spacing not in get_args(Spacing):
+            raise ValueError(f"spacing={self.spacing!r} is unknown; use one of {get_args(Spacing)}")
         if self.steps < 2:
             raise ValueError(f"steps={self.steps} must be at least 2: the last step is never trained")
         for name in ("scale", "shift"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value} must be positive, or null for the default")
+
+
+class TrailingFlowMatch(FlowMatchEulerDiscreteScheduler):
+    """FlowMatchEuler over sigma = 1, ..., 1/N before its shift, where nobody gives it other levels."""
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None,
+        mu: float | None = None, timesteps: Any = None,
+    ) -> None:  # fmt: skip
+        """As FlowMatchEuler's."""
+        if sigmas is None and timesteps is None and num_inference_steps is not None:
+            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
 
 
 def build_policy(denoiser: Denoiser, config: SamplerConfig) -> Policy:
@@ -62,14 +84,28 @@ def build_policy(denoiser: Denoiser, config: SamplerConfig) -> Policy:
             )
         if config.shift is not None or not isinstance(denoiser.scheduler, FlowMatchEulerDiscreteScheduler):
             denoiser.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift or 1.0)
+    if config.spacing == "trailing" and type(denoiser.scheduler) is FlowMatchEulerDiscreteScheduler:
+        denoiser.scheduler = TrailingFlowMatch.from_config(denoiser.scheduler.config)
+    if config.kernel == "ddim":
+        denoiser.scheduler = ddim_of(denoiser.scheduler)
     if config.kernel in ("exp", "em"):
         diffusion = Diffusion("sigma", 1.0 if config.scale is None else config.scale)
         return Policy.from_solver(
             denoiser, config.steps, solver=config.kernel, diffusion=diffusion, guidance=guidance
         )
-    if config.kernel == "scheduler":
+    if config.kernel in ("scheduler", "ddim"):
         return Policy.from_scheduler(denoiser, config.steps, eta=config.scale, guidance=guidance)
     kernel = cast(FlowKernel, config.kernel)
     return Policy.from_scheduler(
         denoiser, config.steps, diffusion=kernel, scale=config.scale, guidance=guidance
     )
+
+
+def ddim_of(scheduler: Any) -> DDIMScheduler:
+    """DDIM on the noise schedule of another discrete diffusion scheduler of Diffusers; ValueError for a flow's."""
+    if "beta_schedule" not in getattr(scheduler, "config", {}):
+        raise ValueError(
+            f"kernel='ddim' needs a discrete diffusion, not {type(scheduler).__name__}: use flow, dance, cps, exp or em"
+        )
+    # PNDM's configuration carries skip_prk_steps and set_alpha_to_one; DDIM reads what is its own.
+    return DDIMScheduler.from_config(scheduler.config)

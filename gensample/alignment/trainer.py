@@ -28,6 +28,7 @@ from gensample.alignment.part import Part
 from gensample.alignment.penalty import path_divergence
 from gensample.alignment.policy import Policy
 from gensample.alignment.prompts import PromptBatches, Prompts
+from gensample.alignment.pruning import informative
 from gensample.alignment.reward_calls import RewardCalls
 from gensample.alignment.rollout import diversity, roll_out
 from gensample.alignment.schedule import TreePlan, TreeSchedule
@@ -103,6 +104,9 @@ class AlignmentTrainer(Trainer):
             raise ValueError("nft trains the network without guidance; set sampler.guidance_scale to 1")
         if training.compile:
             raise ValueError("training.compile is not supported in alignment; set it to false")
+        self.policy.spreads(self.trees.at(0))  # refuses noise beyond what the kernel allows
+        if self.alignment.pruning.depth_window is not None:
+            self.alignment.pruning.depth_window.start(self.trees.steps, 0)
 
     def _bind_reference(self) -> None:
         """A frozen copy of the first weights where a term pulls to them and no adapter can be switched off."""
@@ -182,6 +186,7 @@ class AlignmentTrainer(Trainer):
             retain_graph=self.alignment.mode == "retain_graph",
             keep_outputs=self.alignment.kl_in_reward > 0
             or (tuning is not None and tuning.target == "best_velocity"),
+            net="main" if self.alignment.nft is None else "old",
         )  # fmt: skip
         images = self.policy.decode(rollout.final)
         pending = [
@@ -213,6 +218,9 @@ class AlignmentTrainer(Trainer):
             assert part.rewards is not None
             part.advantages = self._advantages(plan, part, scale)
             part.masks = self.alignment.pruning.masks(plan, part.advantages.fused, step)
+            objective = self.alignment.objective
+            if objective.kl == 0 and objective.layer_tuning is None:
+                part.masks = informative(plan, self.alignment.advantages.baseline, part.masks)
             named = {
                 f"reward/{n}": float(v.nanmean())
                 for n, v in zip(self.rewards.names, part.rewards, strict=True)
@@ -266,6 +274,7 @@ class AlignmentTrainer(Trainer):
             self._recorder.say(
                 f"step {step + 1}: no edge to train: every reward failed, or pruning left none"
             )
+            self._sum_gradients()  # zeros on the parameters' device, which clipping and a loss scaler look at
             return torch.tensor(torch.nan, device=self.accelerator.device)
         sums: list[Tensor] = []
         for part in parts:
@@ -291,6 +300,7 @@ class AlignmentTrainer(Trainer):
         rows = float(self._sum(torch.tensor(float(sum(int(v.sum()) for v in valid)))))
         if rows == 0:
             self._recorder.say(f"step {step + 1}: every reward failed")
+            self._sum_gradients()
             return torch.tensor(torch.nan, device=self.accelerator.device)
         sums = torch.zeros(4, dtype=torch.float64)
         for part, chosen in zip(parts, valid, strict=True):

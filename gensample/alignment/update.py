@@ -41,17 +41,8 @@ from gensample.trees.chain import Int64
 
 Mode = Literal["recompute", "retain_graph"]
 SUMS = (
-    "edges",
-    "weight",
-    "ratio",
-    "ratio_squared",
-    "clipped",
-    "policy",
-    "kl",
-    "pull",
-    "advantage",
-    "gradient",
-)
+    "edges", "weight", "ratio", "ratio_squared", "clipped", "policy", "kl", "pull", "advantage", "gap", "gradient",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +148,7 @@ def capture(
 def update_logs(sums: Tensor) -> dict[str, float]:
     """Averages over all edges of the sums (len(SUMS), T), added over processes; ratios must be 1 in the first pass.
 
+    rollout_gap: mean |log p - the rollout's log p|, in the first pass what other batch shapes or kernels change.
     Of every trained step also, as "name/step": ratio_std, clip_fraction, and output_gradient, the norm of the loss's
     gradient with respect to the network's outputs there (in units of a loss scaler's factor, where fp16 has one).
     """
@@ -176,6 +168,7 @@ def update_logs(sums: Tensor) -> dict[str, float]:
         "ratio_std": max(total["ratio_squared"] / edges - ratio**2, 0.0) ** 0.5,
         "clip_fraction": total["clipped"] / edges,
         "advantage_abs": total["advantage"] / edges,
+        "rollout_gap": total["gap"] / edges,
         "policy_loss": total["policy"] / weight,
         "kl": total["kl"] / weight,
         "pull": total["pull"] / weight,
@@ -206,6 +199,7 @@ class _Pass:
         self.pulls: Sequence[Pull] = (
             tuning.prepare(policy, rollout, advantages.fused.values) if tuning else ()
         )
+        self._recorded = [rollout.log_probs.get(i, torch.empty(0)) for i in range(self.plan.steps)]
         self.captured = OldPolicy()
         self.sums = torch.zeros(len(SUMS), self.plan.steps, dtype=torch.float64, device=self.device)
 
@@ -220,7 +214,7 @@ class _Pass:
         log_prob = own.log_prob(children, reduction="mean")
         advantage = self._gather(chunk, self.advantages.values).to(log_prob)
         weight = self._gather(chunk, self.weights).to(log_prob)
-        log_ratio = self._log_ratio(chunk, law, own, log_prob, owner)
+        log_ratio = self._log_ratio(chunk, law, own, children, log_prob, owner)
         policy, clipped = clipped_term(log_ratio, advantage, self.objective.clip)
         kl = self._kl(chunk, x, prompt, law)[owner]
         pull = self._pull(chunk, x, answer)[owner]
@@ -230,7 +224,8 @@ class _Pass:
             + self.objective.kl * kl
             + (tuning.weight if tuning else 0.0) * pull
         )
-        self._record(steps, weight, log_ratio, clipped, policy, kl, pull, advantage)
+        gap = log_prob.detach() - self._gather(chunk, self._recorded).to(log_prob)
+        self._record(steps, weight, log_ratio, clipped, policy, kl, pull, advantage, gap)
         return (weight * terms).sum() / self.total
 
     def _parents(self, chunk: Chunk) -> tuple[Tensor, Int64]:
@@ -277,8 +272,9 @@ class _Pass:
         return torch.from_numpy(rows).to(self.device)
 
     def _log_ratio(
-        self, chunk: Chunk, law: GaussianTransition, own: GaussianTransition, log_prob: Tensor, owner: Tensor
-    ) -> Tensor:
+        self, chunk: Chunk, law: GaussianTransition, own: GaussianTransition, children: Tensor, log_prob: Tensor,
+        owner: Tensor,
+    ) -> Tensor:  # fmt: skip
         """log rho (E,); in the first pass against its own value without gradient, which is captured."""
         guard = self.objective.ratio == "guard"
         if self.old is None:
@@ -294,7 +290,7 @@ class _Pass:
             return log_prob - old
         std = torch.as_tensor(own.std).to(log_prob)
         std = std.flatten(1).mean(1) if std.ndim else std
-        return guard_log_ratio(log_prob, old, own.mean, old_mean[owner], std)
+        return guard_log_ratio(children, own.mean, old_mean[owner], std)
 
     def _capture(self, chunk: Chunk, log_prob: Tensor, mean: Tensor | None) -> None:
         edge = row = 0
@@ -333,13 +329,13 @@ class _Pass:
 
     def _record(
         self, steps: Tensor, weight: Tensor, log_ratio: Tensor, clipped: Tensor, policy: Tensor, kl: Tensor,
-        pull: Tensor, advantage: Tensor,
+        pull: Tensor, advantage: Tensor, gap: Tensor,
     ) -> None:  # fmt: skip
         """Add what :data:`SUMS` lists; losses by weight, the rest by edge, pruned and failed edges not at all."""
         counts, ratio = (weight > 0).double(), log_ratio.detach().double().exp()
         rows = [
             counts, weight, counts * ratio, counts * ratio**2, counts * clipped, weight * policy, weight * kl,
-            weight * pull, counts * advantage.abs(),
+            weight * pull, counts * advantage.abs(), counts * gap.abs(),
         ]  # fmt: skip
         self.sums[: len(rows)].index_add_(1, steps, torch.stack([r.detach().double() for r in rows]))
 

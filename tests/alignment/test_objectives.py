@@ -69,7 +69,9 @@ def test_the_guard_ratio_has_zero_mean_and_a_spread_that_does_not_depend_on_s() 
         x = old_mean + s * xi
         normal = torch.distributions.Normal
         new, old = (normal(m, s).log_prob(x).mean(1) for m in (mean, old_mean))
-        guarded = guard_log_ratio(new, old, mean, old_mean, torch.full((rows,), s, dtype=torch.float64))
+        guarded = guard_log_ratio(x, mean, old_mean, torch.full((rows,), s, dtype=torch.float64))
+        published = s * (new - old) + (mean - old_mean).square().mean(1) / (2 * s)
+        torch.testing.assert_close(guarded, published, rtol=1e-8, atol=1e-12)
         spread = shift / math.sqrt(d)
         assert abs(float(guarded.mean())) < 4 * spread / math.sqrt(rows)
         assert float(guarded.std()) == pytest.approx(spread, rel=4 / math.sqrt(2 * rows))

@@ -1,6 +1,6 @@
 """Tree RL against a known optimum: a 2-D mixture whose tilted law is closed-form.
 
-    OMP_NUM_THREADS=1 python recipes/align_mixture.py              (about 40 seconds of a core)
+    OMP_NUM_THREADS=1 python recipes/align_mixture.py              (about 5 minutes of a core)
 
 Data p = 0.6 N(m_1, v_1 I) + 0.4 N(m_2, v_2 I), reward r(x) = b.x, KL weight lambda.  The KL-regularised optimum is
 p exp(r/lambda)/Z, a mixture again:
@@ -9,11 +9,12 @@ p exp(r/lambda)/Z, a mixture again:
 
 The policy is the exact flow of p plus a small network that starts at zero; the reference is the exact flow.  The chain
 (``exp`` with eps "sbdm" of scale 1) forgets its start, so the optimum of the whole path is that of its end.  A chain of
-16 steps does not end in p itself: what training can reach is the law of *its* samples tilted by exp(r/lambda), known
-from 10^6 reference samples under these weights, and that is the judge; the tilt of p, its limit for many steps, is
-printed beside it (--steps 64 comes closer to it).  Gradient: ``Objective.kl`` and the path divergence taken off the
-reward (gensample.alignment.penalty), and in the last row the KL term alone, as in published codes: in this example,
-close to Gaussian, the two cannot be told apart.
+N steps does not end in p itself: what training can reach is the law of *its* samples tilted by exp(r/lambda), known
+from 10^6 reference samples under these weights.  Both are printed, with the largest error against each; at --steps 16
+the chain's optimum is 32 % from that of p, at 64 steps 10 %, at 128 (the default) 5 %.
+
+Gradient: ``Objective.kl`` and the path divergence taken off the reward (gensample.alignment.penalty), and in the last
+row the KL term alone, as in published codes: in this example, close to Gaussian, the two cannot be told apart.
 """
 
 # ruff: noqa: T201  (a script that prints its results)
@@ -150,21 +151,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--iterations", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--trees", type=int, default=24)
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"# recipes/align_mixture.py, {datetime.date.today()}, 2-core AMD EPYC, CPU, one thread; {args.iterations} "
           f"updates of {args.trees} trees, {args.steps} steps; 200 000 fresh samples a row")  # fmt: skip
-    print(f"{'':38s} mean              variance          largest error, %")
+    print(f"{'':38s} mean              variance          % off p's  % off chain's")
     exact = optimum()
     print(f"{'tilted optimum of p':38s} {_pair(exact[0])}  {_pair(exact[1])}")
     mean, variance = tilted(torch.cat([samples(policy(args.steps), 250_000, seed) for seed in range(4)]))
-    print(f"{'tilted optimum of the chain (judge)':38s} {_pair(mean)}  {_pair(variance)}")
-    before = samples(policy(args.steps), 200_000, 7)
     print(
-        f"{'reference':38s} {_pair(before.mean(0))}  {_pair(before.var(0))}  {_error(before, mean, variance):5.1f}"
+        f"{'tilted optimum of the chain':38s} {_pair(mean)}  {_pair(variance)}  "
+        f"{_error(mean, variance, *exact):9.1f}"
     )
+    before = samples(policy(args.steps), 200_000, 7)
+    print(f"{'reference':38s} {_row(before, exact, (mean, variance))}")
     for name, tree, whole in (
         ("branch, 8 leaves, whole gradient", True, True),
         ("flat, 8 samples, whole gradient", False, True),
@@ -173,19 +175,24 @@ def main() -> None:
         began = time.process_time()
         made = train(args.steps, args.iterations, args.trees, tree=tree, whole=whole)
         took, x = time.process_time() - began, samples(made, 200_000, 7)
-        print(
-            f"{name:38s} {_pair(x.mean(0))}  {_pair(x.var(0))}  {_error(x, mean, variance):5.1f}   ({took:.0f} s)"
-        )
+        print(f"{name:38s} {_row(x, exact, (mean, variance))}   ({took:.0f} s)", flush=True)
 
 
 def _pair(v: Tensor) -> str:
     return f"({v[0]:+.3f}, {v[1]:+.3f})"
 
 
-def _error(x: Tensor, mean: Tensor, variance: Tensor) -> float:
+def _row(x: Tensor, *judges: tuple[Tensor, Tensor]) -> str:
+    """Moments of x (n, 2), and its error against each (mean, variance)."""
+    mean, variance = x.mean(0), x.var(0)
+    errors = "  ".join(f"{_error(mean, variance, *judge):9.1f}" for judge in judges)
+    return f"{_pair(mean)}  {_pair(variance)}  {errors}"
+
+
+def _error(mean: Tensor, variance: Tensor, wanted_mean: Tensor, wanted_variance: Tensor) -> float:
     """Largest of the errors, in percent: of the mean, of its norm; of either variance, of itself."""
-    off = (x.mean(0) - mean).norm() / mean.norm()
-    return 100 * max(float(off), float(((x.var(0) - variance) / variance).abs().max()))
+    off = (mean - wanted_mean).norm() / wanted_mean.norm()
+    return 100 * max(float(off), float(((variance - wanted_variance) / wanted_variance).abs().max()))
 
 
 if __name__ == "__main__":

@@ -74,20 +74,20 @@ def test_the_sde_of_a_translation_depends_on_the_seed_and_not_on_the_batch() -> 
 
 
 def test_backward_is_the_scheduler_s_own_walk() -> None:
-    def drawn(*, solver: str | None = None, given: Diffusion | None = None, **config: Any) -> torch.Tensor:
+    def drawn(*, named: str | None = None, given: Diffusion | None = None, **config: Any) -> torch.Tensor:
         pipe = translation()
         pipe.scheduler = StochasticInterpolantScheduler.from_config(pipe.scheduler.config, **config)
         options = {"diffusion": given, "generator": 1, "output_type": "latent"}
-        return pipe(PICTURES, 4, backward=True, solver=solver, **options).images
+        return pipe(PICTURES, 4, backward=True, solver=named, **options).images
 
     em = {"solver": "em", "diffusion": "sigma", "diffusion_scale": 0.5}
-    named = drawn(solver="em", given=Diffusion("sigma", 0.5))
-    assert torch.equal(drawn(**em), named)
-    assert not torch.allclose(drawn(**{**em, "diffusion_scale": 2.0}), named)
-    assert torch.equal(drawn(given=Diffusion("sigma", 0.5), **{**em, "diffusion_scale": 2.0}), named)
-    assert not torch.allclose(drawn(**em, last_step="mean"), named)
+    expected = drawn(named="em", given=Diffusion("sigma", 0.5))
+    assert torch.equal(drawn(**em), expected)
+    assert not torch.allclose(drawn(**{**em, "diffusion_scale": 2.0}), expected)
+    assert torch.equal(drawn(given=Diffusion("sigma", 0.5), **{**em, "diffusion_scale": 2.0}), expected)
+    assert not torch.allclose(drawn(**em, last_step="mean"), expected)
     with pytest.raises(ValueError, match="'sit-paper' is a published sampler, and those walk forward only"):
-        drawn(solver="sit-paper")
+        drawn(named="sit-paper")
 
 
 def test_known_pixels_come_back_as_they_were_given() -> None:

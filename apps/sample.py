@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="shipped name (fashion), folder, or Hub id of a class-conditional pipeline")
     add("--labels", default="0-9", help="indices, ranges and names: 0-4,bag,7")
     add("--per-label", type=int, default=8, help="images of each label: one row of the grid")
-    add("--steps", type=int, default=32, help="sampling steps")
+    add("--steps", type=int, help="sampling steps; default: a published sampler's own number, else 32")
     add_guidance_arguments(parser)
     add("--solver", help=SOLVER_HELP)
     add("--diffusion", help=DIFFUSION_HELP)
@@ -121,8 +121,9 @@ def _sample(ns: Any, w: World) -> None:
 def _options(ns: Any) -> DrawOptions:
     """The checked options of the draw, by the names of the command line."""
     from gensample.apps.drawing import DrawOptions
-    from gensample.solvers import PRESETS, SOLVERS, STOCHASTIC_SOLVERS
+    from gensample.solvers import PRESETS, SOLVERS, STOCHASTIC_SOLVERS, default_steps
 
+    ns.steps = default_steps(ns.solver) if ns.steps is None else ns.steps  # the records tell it
     for name in ("steps", "per_label", "batch_size"):
         if getattr(ns, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(ns, name)} must be at least 1")

@@ -29,6 +29,7 @@ from gensample.solvers import (
     Solver,
     SolverState,
     advance,
+    default_steps,
     noise_level,
     solver_over,
 )
@@ -180,7 +181,7 @@ def stream(
     model: Any,
     *,
     num_samples: int | None = None,
-    num_inference_steps: int = 32,
+    num_inference_steps: int | None = None,
     guidance: Guidance | None = None,
     solver: str | Solver | None = None,
     diffusion: Diffusion | None = None,
@@ -203,7 +204,7 @@ def sample(
     model: Any,
     *,
     num_samples: int | None = None,
-    num_inference_steps: int = 32,
+    num_inference_steps: int | None = None,
     guidance: Guidance | None = None,
     solver: str | Solver | None = None,
     diffusion: Diffusion | None = None,
@@ -220,6 +221,7 @@ def sample(
     model: a pipeline (``conditioning`` are its own prompt arguments, such as ``prompt=``, ``negative_prompt=``,
         ``height=`` or ``class_labels=``) or a Denoiser with its conditioning bound.
     num_samples: for unconditional models; otherwise the conditioning says how many.
+    num_inference_steps: default the published number for a published sampler, else 32.
     guidance: a rule of ``gensample.guidance``; None is the plain conditional model.
     solver: a name of ``gensample.solvers.SOLVERS``, a published sampler of ``gensample.solvers.PRESETS``, a Solver
         (with its own times: ``num_inference_steps`` is not read), or None for the pipeline's own scheduler.
@@ -252,7 +254,7 @@ Ready = tuple[Denoiser, Conditioning, Solver, Tensor, NoiseStream, Guidance | No
 
 
 def _prepared(
-    denoiser: Denoiser, num_inference_steps: int, guidance: Guidance | None, solver: str | Solver | None,
+    denoiser: Denoiser, num_inference_steps: int | None, guidance: Guidance | None, solver: str | Solver | None,
     diffusion: Diffusion | None, generator: GeneratorLike, sample_ids: Sequence[int] | None, latents: Tensor | None,
 ) -> Ready:  # fmt: skip
     """The arguments of :func:`walk`, checked."""
@@ -284,11 +286,13 @@ def as_denoiser(model: Any, num_samples: int | None, conditioning: dict[str, Any
 def choose_solver(
     denoiser: Denoiser,
     solver: str | Solver | None,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     diffusion: Diffusion | None,
     noise: NoiseStream,
 ) -> Solver:
-    """The solver a caller asked for, over the time grid of the denoiser's own scheduler."""
+    """The solver a caller asked for, over the time grid of the denoiser's own scheduler; steps as in :func:`sample`."""
+    if num_inference_steps is None:
+        num_inference_steps = default_steps(solver)
     if isinstance(solver, Solver):
         if diffusion is not None:
             raise ValueError("diffusion is part of a Solver object; give it to make_solver instead")

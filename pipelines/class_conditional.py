@@ -98,7 +98,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Labels,
-        num_inference_steps: int = 32,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         *,
         guidance: Guidance | None = None,
@@ -117,10 +117,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Args:
             class_labels: an index, a name of ``class_names``, or a list of these.
-            num_inference_steps: steps; every step is one network call per image (two with guidance or Heun).
+            num_inference_steps: steps; every step is one network call per image (two with guidance or Heun). Default
+                the published number for a published sampler, else 32.
             guidance_scale: classifier-free guidance; 1 is the conditional model, 0 the unconditional one.
             guidance: a rule of ``gensample.guidance`` instead of ``guidance_scale``.
-            solver: a name of ``gensample.solvers.SOLVERS`` or a Solver; None is the pipeline's scheduler.
+            solver: a name of ``gensample.solvers.SOLVERS`` or ``PRESETS``, a Solver, or None: the scheduler.
             diffusion: of a stochastic ``solver``.
             generator: int, ``torch.Generator``, or a list of one per image; see ``NoiseStream``.
             sample_ids: number the images of one seed: images 3, 4, 5 of a run are the same in any batch.
@@ -175,7 +176,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def stream(
         self,
         class_labels: Labels,
-        num_inference_steps: int = 32,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 1.0,
         *,
         guidance: Guidance | None = None,
@@ -222,7 +223,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         denoiser: Denoiser,
         noise: NoiseStream,
         solver: str | Solver | None,
-        num_inference_steps: int,
+        num_inference_steps: int | None,
         diffusion: Diffusion | None,
         latents: Tensor | None,
         rows: slice,

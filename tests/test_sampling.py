@@ -102,6 +102,19 @@ def test_every_solver_runs_on_every_pipeline(live: Any, solver: str) -> None:
     assert again.images is None
 
 
+def test_published_samplers_take_their_own_number_of_steps() -> None:
+    def evaluations(**options: Any) -> int:
+        return gensample.sample(
+            gaussian_denoiser(1), output_type="latent", progress=False, **options
+        ).evaluations
+
+    assert evaluations(solver="repa") == 250
+    assert evaluations(solver="flow-grpo") == 10
+    assert evaluations(solver="repa", num_inference_steps=3) == 3
+    assert evaluations(solver="exp") == evaluations() == 32
+    assert next(gensample.stream(gaussian_denoiser(1), solver="ancestral-rf")).num_steps == 30
+
+
 def test_rows_do_not_depend_on_the_batch(live: Any) -> None:
     pipe, conditioning = live
     options = {"solver": "exp", "generator": 5, "guidance": CFG(2.0), "output_type": "pt"}

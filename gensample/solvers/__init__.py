@@ -23,7 +23,7 @@ from gensample.solvers.make import (
 )
 from gensample.solvers.markov import AffineTable, LastStep, MarkovName, MarkovSolver
 from gensample.solvers.multistep import AdamsBashforthSolver, Exponential2MSolver
-from gensample.solvers.presets import PRESETS, SolverPreset, preset, solver_over
+from gensample.solvers.presets import PRESETS, SolverPreset, default_steps, preset, solver_over
 from gensample.solvers.runge_kutta import RungeKuttaSolver
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "SolverState",
     "advance",
     "checked_times",
+    "default_steps",
     "describe",
     "freeze_adaptive_grid",
     "is_two_sided",

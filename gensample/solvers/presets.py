@@ -12,8 +12,9 @@ SiT (arXiv 2401.08740) states w_t = sigma_t in the paper, while its code at norm
 w = 2 sigma; both evaluate the network twice a step, we once, with the same draws in law.  ``flow-grpo`` (arXiv
 2505.05470) is "-style": at sigma = 1 it takes eps of the next level, and its last step draws no noise
 (``gensample.schedulers.transitions`` has the published kernel).  ``ancestral-rf`` is ComfyUI's euler_ancestral for
-flows and Diffusers' LTXEulerAncestralRFScheduler at eta = 1, exactly.  REPA also keeps its state in float64, which
-``gensample.sample`` does for float64 latents, and guides with scale 1.8 where sigma <= 0.7; guidance is the caller's.
+flows and Diffusers' LTXEulerAncestralRFScheduler at eta = 1, exactly.  REPA also keeps its state in float64, which is
+not reproduced (``gensample.sample`` keeps it in float32, and casts latents to that), and guides with scale 1.8 where
+sigma <= 0.7; guidance is the caller's.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ _ALL = (
     SolverPreset("sit-paper", "em", Diffusion("sigma-paper"), note="SiT as its paper states it", **_SIT),
     SolverPreset("sit-code", "em", Diffusion("sigma"), note="SiT's code: form 'sigma', norm 1", **_SIT),
     SolverPreset(
-        "repa", "em", Diffusion("sigma"), note="REPA: float64 state; CFG 1.8 where sigma <= 0.7", **_SIT
+        "repa", "em", Diffusion("sigma"), note="REPA but for its float64 state; CFG 1.8 where sigma <= 0.7", **_SIT
     ),
     SolverPreset(
         "flow-grpo", "em", Diffusion("grpo", 0.7), 10, last_step="mean",
@@ -96,6 +97,11 @@ _ALL = (
     SolverPreset("ddpm-ancestral", "exp", Diffusion("sbdm"), 250, note="the posterior variance of DDPM"),
 )  # fmt: skip
 PRESETS: dict[str, SolverPreset] = {entry.name: entry for entry in _ALL}
+
+
+def default_steps(solver: object = None) -> int:
+    """Steps of a walk that names none: those of the published sampler called ``solver``, else 32."""
+    return PRESETS[solver].num_inference_steps if isinstance(solver, str) and solver in PRESETS else 32
 
 
 def solver_over(

@@ -130,6 +130,26 @@ def test_two_processes_draw_the_same_images(model: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "one.png", "two", "two.png"]
 
 
+def test_a_published_sampler_takes_its_own_steps(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for solver, steps in (("flow-grpo", 10), ("euler", 32)):
+        call = (
+            "--labels",
+            "1",
+            "--per-label",
+            1,
+            "--solver",
+            solver,
+            "--out",
+            tmp_path / "grid.png",
+            "--json",
+        )
+        assert run(model, *call) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["steps"], record["evaluations"]) == (steps, steps)
+
+
 # ----- bad input -----------------------------------------------------------------------------------------------
 
 

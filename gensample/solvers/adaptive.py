@@ -6,7 +6,8 @@ The pair of orders 5(4) of Dormand and Prince, first-same-as-last, with a propor
     h  <- h clamp(0.9 err^(-0.7/5) err_before^(0.4/5), 0.2, 5)
 
 The last stretch to an end without noise (alpha = 0; either end of a two-sided path), where the network is not asked,
-is one Euler step: on the linear path exactly x0, an error of order ``closing`` squared.
+is one Euler step: on the linear path exactly x0, an error of order ``closing`` squared.  Where alpha' is infinite at
+the data (vp, sbdm) it freezes x0, DDIM's step: an Euler step would leave half of the last noise in.
 
 Sources: Dormand, Prince, J. Comp. Appl. Math. 6 (1980); Hairer, Norsett, Wanner, "Solving ODEs I", II.4; Gustafsson,
 ACM TOMS 17 (1991), the controller's exponents.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gensample.solvers.base import Evaluate, Path
-from gensample.solvers.rows import ScalarRow, closes, drift_row, heads, wide
+from gensample.solvers.rows import ScalarRow, closes, closing_row, drift_row, heads, wide
 
 DORMAND_PRINCE_C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 DORMAND_PRINCE_A: tuple[tuple[float, ...], ...] = (
@@ -106,7 +107,8 @@ def solve_adaptive(
             growth = min(1.0, 0.9 * error**-0.2)
         h = abs(s - times[-1] if error > 1.0 else s - times[-2]) * min(5.0, max(0.2, growth))
     if stop != end:
-        x = x + (end - stop) * k[0]
+        row = closing_row(path, "velocity", stop, end)
+        x = x + (end - stop) * k[0] if row is None else ScalarRow(row, ("velocity",))(x, k[0])
         times.append(end)
     return AdaptiveResult(x, tuple(times), evaluations, rejected)
 

@@ -7,6 +7,8 @@ With h = t' - t, primes for the next time, eta_1 = E[x0 | x], eta_z = E[noise | 
     em      x' = x + h (b + eps s) + sqrt(2 eps h) xi             (Euler-Maruyama)
     exp     x' = beta' eta_1 + alpha' (E eta_z + sqrt(1 - E^2) xi),  E = exp(-int eps/alpha^2)
 
+Where alpha' is infinite at the data (vp, sbdm) ``euler`` ends with the ``ddim`` step, which leaves no noise in.
+
 ``exp`` solves the SDE exactly for frozen eta_1: stable for every eps, DDPM ancestral sampling for eps = ``sbdm``
 with scale 1, and deterministic at alpha' = 0 by itself.  A step of ``em`` that ends at the data (alpha' = 0)
 returns eta_1 without noise, or with ``last_step="mean"`` the mean of its own rule, as SiT and REPA do: eps s is not
@@ -40,6 +42,7 @@ from gensample.solvers.rows import (
     ScalarRow,
     check_noise_is_known,
     closes,
+    closing_row,
     drift_row,
     frozen_row,
     heads,
@@ -166,6 +169,9 @@ class MarkovSolver(Solver):
 
     def _row(self, t: float, s: float, prediction_type: str) -> Row:
         row = {"euler": _euler_row, "em": _em_row}.get(self.name, _exponential_row)
+        closing = closing_row(self.path, prediction_type, t, s) if self.name == "euler" else None
+        if closing is not None:
+            return closing, 0.0
         if self.name == "em" and closes(self.path, s):
             if self.last_step == "mean":
                 return _em_row(self.path, t, s, prediction_type, self.diffusion)[0], 0.0

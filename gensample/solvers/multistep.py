@@ -5,7 +5,8 @@
     ab2     Adams-Bashforth on the ODE: x' = x + h_i (b + (h_i / 2 h_{i-1}) (b - b of the previous step))
 
 ``exp2m`` is first order in its first step, in steps from or to an infinite lambda, and equals DPM-Solver++(2M)
-(Lu et al., arXiv 2211.01095) without noise.  ``ab2`` begins with an Euler step.  Neither asks the network at the end.
+(Lu et al., arXiv 2211.01095) without noise.  ``ab2`` begins with an Euler step, and ends with x0 frozen (DDIM) where
+alpha' is infinite at the data (vp, sbdm): order 1 in that one step.  Neither asks the network at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gensample.interpolants import affine, axpby
 from gensample.solvers.base import DrawNoise, Path, Solver, SolverState, checked_times, is_two_sided
 from gensample.solvers.diffusion import Diffusion
 from gensample.solvers.markov import MarkovSolver
-from gensample.solvers.rows import ScalarRow, drift_row, heads, wide
+from gensample.solvers.rows import ScalarRow, closing_row, drift_row, heads, wide
 
 
 class Exponential2MSolver(Solver):
@@ -105,6 +106,8 @@ class AdamsBashforthSolver(Solver):
             ScalarRow(drift_row(path, prediction_type, t, h), names)
             for t, h in zip(self.stage_times, self._steps, strict=True)
         ]
+        closing = closing_row(path, prediction_type, *self.times[-2:])
+        self._closing = None if closing is None else ScalarRow(closing, names)
 
     def needs_noise(self, stage: int) -> bool:
         """Never: the method is deterministic."""
@@ -115,6 +118,8 @@ class AdamsBashforthSolver(Solver):
     ) -> tuple[Tensor, SolverState]:
         """Consume the output of stage ``state.stage``; the state carries its velocity to the next."""
         x, i = wide(x), state.stage
+        if self._closing is not None and i == len(self._steps) - 1:
+            return self._closing(x, output), SolverState(i + 1, (), True)
         slope, h = self._slopes[i](x, output), self._steps[i]
         moved = x + h * slope
         if state.carried:

@@ -80,6 +80,17 @@ def frozen_row(path: Path, prediction_type: str, t: float, s: float, decay: floa
     return row
 
 
+def closing_row(path: Path, prediction_type: str, t: float, s: float) -> Float64 | None:
+    """The row of a whole step to the data at ``s`` where alpha' is infinite there (vp, sbdm), else None.
+
+    alpha falls like sqrt(1 - t) there, so that a step polynomial in time leaves about half of the noise in; with x0
+    frozen (DDIM) none is left.
+    """
+    if is_two_sided(path) or not closes(path, s) or np.isfinite(path.coefficients(s).d_alpha):
+        return None
+    return frozen_row(path, prediction_type, t, s, 1.0)
+
+
 def check_noise_is_known(path: Path, prediction_type: str, times: tuple[float, ...]) -> None:
     """Raise ValueError unless an SDE of ``path`` can be walked: its noise must exist and the network give it."""
     if not is_two_sided(path):

@@ -26,11 +26,13 @@ from torch import Tensor
 from gensample.interpolants import axpby
 from gensample.schedulers.interpolant_grid import (
     check_prediction_type,
+    check_trailing,
     clock_times,
     inherited_keys,
     make_path,
     stage_timesteps,
     trailing_sigmas,
+    unshifted_sigmas,
 )
 from gensample.schedulers.solver_walk import SolverWalk, checked_count
 from gensample.schedulers.step_noise import StepNoise
@@ -81,7 +83,9 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         last_step: of ``em``: ``x0``, or ``mean`` of its own rule as SiT and REPA do.
         timestep_spacing: ``trailing`` is sigma = 1, ..., 1/N before shifting; ``linspace`` is FlowMatchEuler's own
             default, whose last step is almost empty because the smallest shifted sigma is shifted again.
-        last_step_size: of ``trailing``: the last sigma before shifting, instead of 1/N.
+        last_step_size: of ``trailing``: the last sigma before shifting, instead of 1/N of the first.
+        first_sigma: of ``trailing``: the first sigma before shifting.  Below 1, such as 0.98, for ``epsilon`` and
+            ``score`` models, whose output leaves x0 open at pure noise.
         seed: of the scheduler's own noise (None: fresh entropy).  Every ``set_timesteps`` begins a new run, whose
             noise is independent of the previous one; ``set_generator`` overrides it.
 
@@ -123,6 +127,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         diffusion_cost: float = 0.0,
         last_step: LastStep = "x0",
         last_step_size: float | None = None,
+        first_sigma: float = 1.0,
     ) -> None:
         _check_choice("solver", solver, SOLVERS)
         _check_choice("timestep_spacing", timestep_spacing, ("trailing", "linspace"))
@@ -132,10 +137,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
                 "stochastic_sampling=True re-noises fully at every step and halves the variance; use "
                 "stochastic_sampling=False with solver='exp', 'exp2m' or 'em'"
             )
-        if last_step_size is not None and not (0 < last_step_size < 1 and timestep_spacing == "trailing"):
-            raise ValueError(
-                f"last_step_size={last_step_size} must lie in (0, 1), with timestep_spacing='trailing'"
-            )
+        check_trailing(first_sigma, last_step_size, trailing=timestep_spacing == "trailing")
         self.path = make_path(path, power=path_power, gamma=gamma, gamma_scale=gamma_scale)
         check_prediction_type(self.path, prediction_type)
         self._diffusion = Diffusion(diffusion, diffusion_scale, diffusion_cost)
@@ -200,8 +202,9 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
     ) -> None:
         """Set the grid and begin a new run of noise.
 
-        Arguments as FlowMatchEulerDiscreteScheduler's; given ``sigmas`` are shifted as there.  ``timesteps`` has
-        ``order`` entries a step, one less in the last of ``heun`` and ``rk4``; ``sigmas`` has N + 1, the last 0.
+        Arguments as FlowMatchEulerDiscreteScheduler's; given ``sigmas`` are shifted as there (:meth:`sigmas_for`
+        undoes it).  ``timesteps`` has ``order`` entries a step, in the last one fewer by one with ``heun`` and ``rk4``
+        and by three with ``dopri5``, and a single one on ``vp`` and ``sbdm``; ``sigmas`` has N + 1, the last 0.
 
         Raises ValueError for a step count that is not a positive integer, or sigmas that do not fall strictly.
         """
@@ -209,7 +212,7 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
             raise ValueError("set_timesteps needs num_inference_steps, sigmas or timesteps")
         count = None if num_inference_steps is None else checked_count(num_inference_steps)
         if count is not None and sigmas is timesteps is None and self.config.timestep_spacing == "trailing":
-            sigmas = trailing_sigmas(count, self.config.last_step_size)
+            sigmas = trailing_sigmas(count, self.config.last_step_size, self.config.first_sigma)
         self._levels.set_timesteps(count, sigmas=sigmas, mu=mu, timesteps=timesteps)
         times = clock_times(self._levels.sigmas, inverted=self.config.invert_sigmas)
         solver = self._make_solver(times)
@@ -225,6 +228,16 @@ class StochasticInterpolantScheduler(SolverWalk, SchedulerMixin, ConfigMixin):
         self._begin_index = None
         self._noise.restart()
         self._reset()
+
+    def sigmas_for(self, times: Sequence[float], mu: float | None = None) -> list[float]:
+        """The ``sigmas`` from which :meth:`set_timesteps`, or a pipeline, makes exactly these times by its shift.
+
+        times: N + 1, rising to 1, such as ``freeze_adaptive_grid`` gives; mu: of dynamic shifting, as given there.
+
+        Raises ValueError for other times, a missing mu, and under ``invert_sigmas``, ``shift_terminal`` or karras,
+        exponential or beta sigmas.
+        """
+        return unshifted_sigmas(self._levels, times, mu)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """Index of ``timestep`` in the schedule; of equal entries the one that starts a step.

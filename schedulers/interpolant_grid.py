@@ -5,6 +5,7 @@ Units: sigma = 1 - t runs from 1 (noise) to 0 (data), or as t itself under ``inv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gensample.interpolants import PREDICTION_TYPES, heads_of, make_interpolant, make_two_sided
-from gensample.solvers import Path, is_two_sided
+from gensample.solvers import Path, checked_times, is_two_sided
 
 ONE_SIDED_PATHS = ("linear", "gvp", "vp", "sbdm", "polynomial")
 TWO_SIDED_PATHS = ("linear", "trig", "encoding_decoding", "mirror", "point_source")
@@ -61,10 +62,53 @@ def inherited_keys(config: dict[str, Any]) -> dict[str, Any]:
     return {"shift": config["flow_shift"]} if shift else {}
 
 
-def trailing_sigmas(count: int, last: float | None) -> list[float]:
-    """1, ..., 1/count, or 1, ..., last: evenly spaced."""
-    sigmas: list[float] = np.linspace(1.0, 1.0 / count if last is None else last, count).tolist()
+def check_trailing(first: float, last: float | None, *, trailing: bool) -> None:
+    """Raise ValueError unless 0 < last < first <= 1, and other ends than 1 and 1/N belong to the trailing spacing."""
+    if last is not None and not (0 < last < 1 and trailing):
+        raise ValueError(f"last_step_size={last} must lie in (0, 1), with timestep_spacing='trailing'")
+    low = 0.0 if last is None else last
+    if not low < first <= 1.0 or not (first == 1.0 or trailing):
+        raise ValueError(
+            f"first_sigma={first} must lie in ({low}, 1], above last_step_size, with timestep_spacing='trailing'"
+        )
+
+
+def trailing_sigmas(count: int, last: float | None, first: float = 1.0) -> list[float]:
+    """first, ..., first/count, or first, ..., last: evenly spaced."""
+    sigmas: list[float] = np.linspace(first, first / count if last is None else last, count).tolist()
     return sigmas
+
+
+def unshifted_sigmas(levels: Any, times: Sequence[float], mu: float | None) -> list[float]:
+    """The sigmas (N) that ``levels.set_timesteps(sigmas=..., mu=mu)`` shifts to 1 - ``times`` (N + 1, the last 1).
+
+    levels: a FlowMatchEulerDiscreteScheduler.  Its shifts, static or dynamic, are all k s/(1 + (k - 1) s).
+
+    Raises ValueError for times that do not rise from noise to 1, a missing mu, and what has no such inverse.
+    """
+    config = levels.config
+    names = (
+        "invert_sigmas",
+        "shift_terminal",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+    )
+    for name in names:
+        if config[name]:
+            raise ValueError(f"{name}={config[name]!r} moves every grid it is given; sigmas_for needs it off")
+    grid = np.asarray(checked_times(times))
+    if grid[-1] != 1.0:
+        raise ValueError(f"times={list(times)!r} must end at 1: set_timesteps appends the data")
+    k = levels.shift
+    if config.use_dynamic_shifting:
+        exponential = config.time_shift_type == "exponential"
+        if mu is None or not (math.isfinite(mu) and (exponential or mu > 0)):
+            raise ValueError(f"mu={mu} of dynamic shifting must be finite, and positive where it is linear")
+        k = math.exp(mu) if exponential else mu
+    sigma = 1.0 - grid[:-1]
+    before: list[float] = (sigma / (k - (k - 1.0) * sigma)).tolist()
+    return before
 
 
 def clock_times(sigmas: Tensor, *, inverted: bool) -> tuple[float, ...]:

@@ -139,7 +139,8 @@ def _x0_or_noise(c: Coefficients, prediction_type: str, field: str) -> tuple[Sca
         r = _reciprocal(
             c.beta,
             f"x0 is not determined by prediction_type={prediction_type!r} at beta = 0 (zero signal-to-noise "
-            "ratio); start the time grid at the next level, or use a v_prediction or sample model",
+            "ratio); start the time grid at the next level, below pure noise (first_sigma= of "
+            "StochasticInterpolantScheduler, or times=), or use a v_prediction or sample model",
         )
         return r, -c.alpha * to_noise * r
     raise ValueError(f"prediction_type={prediction_type!r} is unknown; use one of {PREDICTION_TYPES}")

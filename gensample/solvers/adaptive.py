@@ -117,8 +117,8 @@ def freeze_adaptive_grid(
     evaluate: Evaluate, x: Tensor, *, path: Path, prediction_type: str, **options: float
 ) -> tuple[float, ...]:
     """The times that :func:`solve_adaptive` steps through from ``x`` (B, ...), for loops that cannot adapt: a grid for
-    ``make_solver("dopri5", ...)`` or any other solver, or as ``sigmas=[1 - t for t in times[:-1]]`` for
-    ``set_timesteps``.
+    ``make_solver("dopri5", ...)`` or any other solver, or as ``sigmas=scheduler.sigmas_for(times)`` for
+    ``set_timesteps`` and pipelines, which shift the sigmas they are given (``StochasticInterpolantScheduler``).
 
     A small batch is enough.  ``options`` as of :func:`solve_adaptive`: fewer steps by looser tolerances.
     """

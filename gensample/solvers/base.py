@@ -1,6 +1,6 @@
 """What every solver is: a list of network evaluations at known times, and a pure update after each of them.
 
-A *step* goes from times[i] to times[i + 1]; a *stage* is one network evaluation, and a step has one to four.
+A *step* goes from times[i] to times[i + 1]; a *stage* is one network evaluation, and a step has one to six.
 ``update`` consumes one stage's output, so a sampling loop (``advance``) and a Diffusers ``scheduler.step`` are
 the same few lines around it.  State lives with the caller.  A step draws noise once at most.
 

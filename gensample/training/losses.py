@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gensample.interpolants import interpolation_loss, make_interpolant, sample_times
+from gensample.interpolants import loss_weight as weight_at
+from gensample.interpolants.fields import PREDICTION_TYPES, PredictionType
+from gensample.interpolants.objectives import LossWeight
 from gensample.interpolants.paths import Float64
 from gensample.training.batches import Batch, Draws
 
@@ -50,7 +53,7 @@ class InterpolantLoss:
     Images are scaled to [-1, 1]; the network sees timestep 1000 (1 - t) and the labels, some of them dropped.
 
     Args:
-        path: ``linear``, ``gvp`` or ``vp``.
+        path: ``linear``, ``gvp``, ``vp``, ``sbdm`` or ``polynomial`` (of power 2).
         prediction_type: what the network's output means; ``flow_prediction`` is noise - x0 on the linear path.
         time_law: law of the training times; ``logit_normal`` is that of SD3 (arXiv 2403.03206).
         time_mean, time_std: of the logit of 1 - t under ``logit_normal``.
@@ -58,22 +61,27 @@ class InterpolantLoss:
         label_dropout: chance of training a row without its label, for classifier-free guidance (2207.12598);
             a recipe leaves it to the model's ``class_dropout_prob``.
         num_train_timesteps: model timestep at pure noise.
+        loss_weight: ``none``, or the error as that of the ``velocity`` it implies, or in the ``likelihood`` bound; see
+            ``gensample.interpolants.loss_weight``.  Validation is weighted alike.
     """
 
     def __init__(
         self,
         *,
-        path: Literal["linear", "gvp", "vp"] = "linear",
-        prediction_type: Literal[
-            "flow_prediction", "velocity", "epsilon", "sample", "v_prediction"
-        ] = "flow_prediction",
+        path: Literal["linear", "gvp", "vp", "sbdm", "polynomial"] = "linear",
+        prediction_type: PredictionType = "flow_prediction",
         time_law: Literal["uniform", "logit_normal"] = "logit_normal",
         time_mean: float = 0.0,
         time_std: float = 1.0,
         time_shift: float = 1.0,
         label_dropout: float | None = None,
         num_train_timesteps: int = 1000,
+        loss_weight: LossWeight = "none",
     ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r} is unknown; use one of {PREDICTION_TYPES}")
+        if loss_weight not in get_args(LossWeight):
+            raise ValueError(f"loss_weight={loss_weight!r} is unknown; use one of {get_args(LossWeight)}")
         if label_dropout is not None and not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout={label_dropout} must lie in [0, 1]")
         if time_std <= 0 or time_shift <= 0:
@@ -81,7 +89,7 @@ class InterpolantLoss:
         self._path, self._prediction_type = make_interpolant(path), prediction_type
         self._time_law, self._time_mean, self._time_std = time_law, time_mean, time_std
         self._time_shift, self.label_dropout = time_shift, label_dropout
-        self._num_train_timesteps = num_train_timesteps
+        self._num_train_timesteps, self._loss_weight = num_train_timesteps, loss_weight
 
     def draw(self, draws: Draws, image_shape: tuple[int, ...]) -> Batch:
         """noise (B, C, H, W) float32, times (B,) float64, label_drop (B,) bool."""
@@ -98,7 +106,7 @@ class InterpolantLoss:
         return {**drawn, "label_drop": torch.zeros_like(drawn["label_drop"])}
 
     def __call__(self, model: Model, batch: Batch) -> LossOutput:
-        """Mean squared error over each image."""
+        """Mean squared error over each image, times ``loss_weight`` at its time."""
         x0 = batch["images"].float() / 127.5 - 1.0
 
         def predict(x_t: Tensor, t: Float64) -> Tensor:
@@ -107,9 +115,12 @@ class InterpolantLoss:
                 x_t, timestep, class_labels=batch["labels"], label_drop=batch["label_drop"], return_dict=False
             )[0]
 
-        return LossOutput(
-            interpolation_loss(predict, self._path, self._prediction_type, x0, batch["noise"], batch["times"])
-        )
+        times = batch["times"]
+        loss = interpolation_loss(predict, self._path, self._prediction_type, x0, batch["noise"], times)
+        if self._loss_weight != "none":
+            weight = weight_at(self._path, self._prediction_type, times, self._loss_weight)
+            loss = loss * torch.from_numpy(weight).to(loss)
+        return LossOutput(loss)
 
 
 class ClassificationLoss:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gensample.interpolants import loss_weight, make_interpolant, target
 from gensample.training import ClassificationLoss, Draws, InterpolantLoss
 from gensample.training.batches import Batch
 from gensample.training.losses import shift_and_flip
@@ -47,6 +48,27 @@ def test_the_network_sees_the_linear_path_and_regresses_on_its_flow() -> None:
     assert spy.kwargs["label_drop"] is batch["label_drop"]
     spy.answer = noise - x0 + torch.arange(6.0)[:, None, None, None]
     torch.testing.assert_close(loss(spy, batch).loss, torch.arange(6.0).square())  # mean square of each row
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp", "sbdm", "polynomial"])
+@pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "score"])
+def test_a_weighted_loss_is_the_weight_times_the_unweighted_one(path: str, kind: str) -> None:
+    options = {"path": path, "prediction_type": kind, "label_dropout": 0.5}
+    plain = InterpolantLoss(**options)  # type: ignore[arg-type]
+    batch = _batch(plain)
+    spy = _Spy(torch.tanh(batch["noise"]))
+    unweighted = plain(spy, batch).loss
+    interpolant = make_interpolant(path)
+    spies = spy.x_t
+    wanted = target(interpolant, kind, batch["images"].float() / 127.5 - 1, batch["noise"], batch["times"])
+    torch.testing.assert_close(unweighted, (spy.answer - wanted).square().flatten(1).mean(1).float())
+    assert torch.equal(InterpolantLoss(**options, loss_weight="none")(spy, batch).loss, unweighted)  # type: ignore[arg-type]
+    for name in ("velocity", "likelihood"):
+        found = InterpolantLoss(**options, loss_weight=name)(spy, batch).loss  # type: ignore[arg-type]
+        assert torch.equal(spy.x_t, spies)
+        weight = torch.from_numpy(loss_weight(interpolant, kind, batch["times"], name))
+        torch.testing.assert_close(found, unweighted * weight.float())
+        assert found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("law", ["uniform", "logit_normal"])
@@ -105,6 +127,8 @@ def test_augmentation_and_smoothing_are_for_training_only() -> None:
         ({"label_dropout": 1.5}, "label_dropout"),
         ({"time_std": 0.0}, "time_std"),
         ({"path": "cubic"}, "cubic"),
+        ({"prediction_type": "noise"}, "prediction_type='noise'"),
+        ({"loss_weight": "snr"}, "loss_weight='snr'"),
     ],
 )
 def test_interpolant_settings_out_of_range(settings: dict[str, float], name: str) -> None:

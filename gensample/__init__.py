@@ -19,6 +19,7 @@ from gensample.pipelines.multiplicative import MultiplicativeDiffusionPipeline
 from gensample.sampling import sample, stream
 from gensample.schedulers.interpolant import StochasticInterpolantScheduler
 from gensample.schedulers.multiplicative import GBMScheduler
+from gensample.schedulers.trailing import TrailingFlowMatchEulerScheduler
 from gensample.search.tree_search import TreeSearch
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "StochasticInterpolantScheduler",
     "SuperResolutionPipeline",
     "TokenTransformer",
+    "TrailingFlowMatchEulerScheduler",
     "TreeSearch",
     "__version__",
     "guidance",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-import numpy as np
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from gensample.alignment.policy import Policy
 from gensample.denoisers import Denoiser
 from gensample.guidance import CFG
+from gensample.schedulers.trailing import TrailingFlowMatchEulerScheduler
 from gensample.schedulers.transitions import FlowKernel
 from gensample.solvers import Diffusion
 
@@ -56,19 +56,6 @@ class SamplerConfig:
                 raise ValueError(f"{name}={value} must be positive, or null for the default")
 
 
-class TrailingFlowMatch(FlowMatchEulerDiscreteScheduler):
-    """FlowMatchEuler over sigma = 1, ..., 1/N before its shift, where nobody gives it other levels."""
-
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None,
-        mu: float | None = None, timesteps: Any = None,
-    ) -> None:  # fmt: skip
-        """As FlowMatchEuler's."""
-        if sigmas is None and timesteps is None and num_inference_steps is not None:
-            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
-        super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
-
-
 def build_policy(denoiser: Denoiser, config: SamplerConfig) -> Policy:
     """The policy of ``denoiser`` under ``config``; a flow kernel or a shift gives it a FlowMatchEuler scheduler.
 
@@ -85,7 +72,7 @@ def build_policy(denoiser: Denoiser, config: SamplerConfig) -> Policy:
         if config.shift is not None or not isinstance(denoiser.scheduler, FlowMatchEulerDiscreteScheduler):
             denoiser.scheduler = FlowMatchEulerDiscreteScheduler(shift=config.shift or 1.0)
     if config.spacing == "trailing" and type(denoiser.scheduler) is FlowMatchEulerDiscreteScheduler:
-        denoiser.scheduler = TrailingFlowMatch.from_config(denoiser.scheduler.config)
+        denoiser.scheduler = TrailingFlowMatchEulerScheduler.from_config(denoiser.scheduler.config)
     if config.kernel == "ddim":
         denoiser.scheduler = ddim_of(denoiser.scheduler)
     if config.kernel in ("exp", "em"):

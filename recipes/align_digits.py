@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python recipes/align_digits.py pretrain         # seconds
     OMP_NUM_THREADS=1 python recipes/align_digits.py tune             # one seed, four learning rates a method
     OMP_NUM_THREADS=1 python recipes/align_digits.py run              # three other seeds at the best of them
-    OMP_NUM_THREADS=1 python recipes/align_digits.py more             # five more for flat GRPO and three trees
+    OMP_NUM_THREADS=1 python recipes/align_digits.py more             # five more for flat GRPO and four trees
     python recipes/align_report.py digits                             # recipes/results/align_digits.txt and .json
 
 A class-conditional flow (an MLP) is trained on the digits and then aligned to the reward
@@ -69,7 +69,7 @@ from gensample.training.record import read_metrics
 
 STEPS, CLASSES, LEAVES, BUDGET = 20, 10, 16, 20_000
 RATES, TUNING_SEED, SEEDS = (1e-4, 2e-4, 5e-4, 1e-3), 100, (1, 2, 3)
-MORE_SEEDS, COMPARED = (4, 5, 6, 7, 8), ("flat", "branch-mix", "split-only", "tree_grpo")
+MORE_SEEDS, COMPARED = (4, 5, 6, 7, 8), ("flat", "branch", "branch-mix", "split-only", "tree_grpo")
 NFT_TIMES = 4
 
 

@@ -62,6 +62,7 @@ def _prepare(recipe: AlignRecipe) -> tuple[Any, AlignmentTrainer]:
     from gensample.training.export import chosen_weights
     from gensample.training.launch import make_accelerator
 
+    exported = chosen_weights(recipe.export, recipe.training.ema_decays, {})
     accelerator = make_accelerator(recipe.training)
     pipe = load_quietly(recipe.model)
     network = getattr(pipe, trained_component(pipe))
@@ -85,7 +86,7 @@ def _prepare(recipe: AlignRecipe) -> tuple[Any, AlignmentTrainer]:
                 samples=recipe.evaluation.samples,
                 seed=recipe.evaluation.seed,
                 grid=recipe.evaluation.grid,
-                ema=_exported_average(recipe),
+                ema=None if exported == "model" else float(exported[4:]),  # what is exported is judged
             )
         )
     trainer = AlignmentTrainer(
@@ -93,19 +94,10 @@ def _prepare(recipe: AlignRecipe) -> tuple[Any, AlignmentTrainer]:
         reward_weights=weights, alignment=recipe.alignment, training=recipe.training, optimizer=recipe.optimizer,
         schedule=recipe.schedule, callbacks=callbacks, accelerator=accelerator, notes={"recipe": recipe.settings},
     )  # fmt: skip
-    chosen_weights(recipe.export, trainer.ema, {})  # an unknown choice should not wait for the end of the run
     if not recipe.training.estimate_only:
         trainer.resume()
         Path(recipe.training.output_dir).mkdir(parents=True, exist_ok=True)
     return pipe, trainer
-
-
-def _exported_average(recipe: AlignRecipe) -> float | None:
-    """The decay of the average that is exported, and so judged; None for the trained weights themselves."""
-    weights, decays = recipe.export.weights, recipe.training.ema_decays
-    if weights == "best":
-        return max(decays, default=None)
-    return float(weights) if weights in {f"{d:g}" for d in decays} else None
 
 
 def _prompts(recipe: AlignRecipe, pipe: Any) -> tuple[Denoiser, Prompts]:
@@ -195,7 +187,7 @@ def _export(recipe: AlignRecipe, pipe: Any, trainer: AlignmentTrainer) -> None:
     from gensample.alignment.export import export_lora, export_pipeline
     from gensample.training.export import chosen_weights
 
-    name = chosen_weights(recipe.export, trainer.ema, {})
+    name = chosen_weights(recipe.export, recipe.training.ema_decays, {})
     folder = Path(recipe.training.output_dir) / ("pipeline" if recipe.lora is None else "lora")
     summary = {
         "weights": name,

@@ -69,7 +69,9 @@ def _prepare(recipe: Recipe) -> Trainer:
         callbacks=callbacks,
         notes={"recipe": recipe.settings, "classes": list(images.class_names)},
     )
-    chosen_weights(recipe.export, trainer.ema, {})  # an unknown choice should not wait for the end of the run
+    chosen_weights(
+        recipe.export, trainer.ema.decays, {}
+    )  # an unknown choice should not wait for the end of the run
     if not config.estimate_only:
         trainer.resume()
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ def _export(recipe: Recipe, trainer: Trainer) -> None:
 
     from gensample.training.export import chosen_weights, export_model
 
-    name = chosen_weights(recipe.export, trainer.ema, trainer.figures)
+    name = chosen_weights(recipe.export, trainer.ema.decays, trainer.figures)
     tensors = trainer.model.state_dict() if name == "model" else trainer.ema.state_dict(float(name[4:]))
     summary = {
         "weights": name,

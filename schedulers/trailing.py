@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
+
+from gensample.schedulers.interpolant_grid import trailing_sigmas
 
 
 class TrailingFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -21,5 +22,5 @@ class TrailingFlowMatchEulerScheduler(FlowMatchEulerDiscreteScheduler):
     ) -> None:  # fmt: skip
         """As FlowMatchEuler's."""
         if sigmas is None and timesteps is None and num_inference_steps is not None:
-            sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+            sigmas = trailing_sigmas(num_inference_steps, None)
         super().set_timesteps(num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)

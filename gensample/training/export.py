@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,20 @@ from torch import Tensor
 from gensample.models.initialization import isolated_rng
 from gensample.training.checkpoint import replace_folder, sync
 from gensample.training.config import ExportConfig
-from gensample.training.ema import ExponentialAverage
 from gensample.training.validation import best_weights
 
 
-def chosen_weights(config: ExportConfig, ema: ExponentialAverage, figures: Mapping[str, float]) -> str:
-    """``model`` or ``ema-<decay>``: what ``config.weights`` asks for.
+def chosen_weights(config: ExportConfig, decays: Sequence[float], figures: Mapping[str, float]) -> str:
+    """``model`` or ``ema-<decay>``: what ``config.weights`` asks for, of a run that averages with ``decays``.
 
     ``best`` is the lowest validation loss; without validation it is the slowest average.
 
     Raises:
         ValueError: a decay that the run does not average.
     """
-    names = {"model": "model", **{f"{d:g}": f"ema-{d:g}" for d in ema.decays}}
+    names = {"model": "model", **{f"{d:g}": f"ema-{d:g}" for d in decays}}
     if config.weights == "best":
-        slowest = f"ema-{max(ema.decays):g}" if ema.decays else "model"
+        slowest = f"ema-{max(decays):g}" if decays else "model"
         return best_weights(figures) or slowest
     if config.weights not in names:
         raise ValueError(

@@ -76,6 +76,22 @@ def test_a_run_is_recorded_and_its_adapter_loads(
     assert not torch.equal(output(tmp_path / "run/lora", load(model)), output(None, load(model)))
 
 
+def test_the_weights_that_are_exported_are_judged(recipe: Path, tmp_path: Path) -> None:
+    """The same training twice, the average or the trained weights exported: the average lags behind."""
+    trained, moved = [], []
+    for weights in ("0.999", "model"):
+        folder = tmp_path / weights
+        options = ["--training.output_dir", str(folder), "--training.ema_decays", "[0.999]"]
+        options += ["--export.weights", weights, "--optimizer.learning_rate", "0.1"]
+        assert main(["align", str(recipe), *options]) == 0
+        records = read_metrics(folder / "metrics.jsonl")
+        judged = [r["evaluation/reward"] for r in records if "evaluation/reward" in r]
+        trained.append([r["reward/ink:0.3"] for r in records if "reward/ink:0.3" in r])
+        moved.append(abs(judged[1] - judged[0]))
+    assert trained[0] == trained[1]
+    assert moved[0] < 0.9 * moved[1]
+
+
 def test_all_weights_are_exported_as_a_pipeline(recipe: Path, tmp_path: Path, model: Path) -> None:
     assert main(["align", str(recipe), "--lora", "null", "--export.weights", "model"]) == 0
     assert not torch.equal(output(None, load(tmp_path / "run/pipeline")), output(None, load(model)))
